@@ -1,0 +1,163 @@
+"""Drawing pictures from the parts of a model: what the pipeline (raphael/generate) and the grids of a training run share.
+
+One picture, one seed: every random number of picture `index` is a function of (seed, index) alone, so picture 17 is the same
+picture whatever stands beside it in the batch (raphael/randomness.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raphael.diffusion.denoiser import NetworkDenoiser
+from raphael.diffusion.guidance import ClassifierFreeGuidance
+from raphael.diffusion.samplers import sample, sampling_sigmas
+from raphael.diffusion.schedule import Schedule
+from raphael.randomness import SampleRng
+
+PictureSeed = tuple[int, int]  # (seed, index): all that the noise of a picture depends on
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What drawing needs, as functions, so that a training run hands over what it holds in memory.
+
+    encode: texts -> (context (B, N, D) float32, mask (B, N) bool); decode: scaled latents (B, C, h, w) -> pictures
+    (B, 3, H, W) in [-1, 1]; latent_shape: (C, h, w) of one picture.
+    """
+
+    unet: torch.nn.Module
+    schedule: Schedule
+    prediction: str
+    encode: Callable[[list[str]], tuple[Tensor, Tensor | None]]
+    decode: Callable[[Tensor], Tensor]
+    latent_shape: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw. guidance_scale 1 is no guidance; 0 ignores the prompt."""
+
+    sampler: str = "dpmpp_2m"
+    steps: int = 15
+    guidance_scale: float = 4.0
+
+
+def draw_images(
+    parts: Parts,
+    prompts: Sequence[str],
+    seeds: Sequence[PictureSeed],
+    settings: Sampling,
+    negative_prompt: str = "",
+    batch_size: int = 50,
+) -> np.ndarray:
+    """Draw one picture per prompt -> uint8 (n, H, W, 3). Raises ValueError where prompts and seeds differ in number."""
+    if len(prompts) != len(seeds):
+        raise ValueError(f"got {len(seeds)} seeds for {len(prompts)} prompts, expected one seed per picture")
+    pictures = []
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        latents = draw_latents(parts, list(prompts[part]), list(seeds[part]), settings, negative_prompt)
+        pictures.append(decode_pictures(parts, latents))
+    return np.concatenate(pictures)
+
+
+@torch.inference_mode()
+def draw_latents(
+    parts: Parts,
+    prompts: list[str],
+    seeds: list[PictureSeed],
+    settings: Sampling,
+    negative_prompt: str | list[str] = "",
+) -> Tensor:
+    """Draw scaled latents (n, C, h, w), one batch. The conditional and unconditional branch share one forward."""
+    device = next(parts.unet.parameters()).device
+    context, mask = _encode(parts, prompts, device)
+    denoiser = NetworkDenoiser(parts.unet, parts.schedule, parts.prediction)
+    if settings.guidance_scale != 1.0:
+        negatives = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
+        empty, empty_mask = _encode(parts, negatives, device)
+        uncond = (
+            empty.expand(len(prompts), -1, -1) if len(negatives) == 1 else empty,
+            None if empty_mask is None else empty_mask.expand(len(prompts), -1),
+        )
+        denoiser = ClassifierFreeGuidance(denoiser, settings.guidance_scale, uncond)
+    noise = PictureNoise(seeds, parts.latent_shape, device)
+    sigmas = sampling_sigmas(parts.schedule, settings.steps).to(device)
+    with evaluating(parts.unet):
+        return sample(settings.sampler, denoiser, noise(0) * sigmas[0], sigmas, (context, mask), noise)
+
+
+@torch.inference_mode()
+def decode_pictures(parts: Parts, latents: Tensor) -> np.ndarray:
+    """Scaled latents (n, C, h, w) -> uint8 (n, H, W, 3), rounded to nearest."""
+    pictures = parts.decode(latents).float().clamp(-1, 1)
+    return ((pictures + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+class PictureNoise:
+    """Standard normal noise for a batch of pictures: noise(step) -> (B, C, h, w), from each picture's own seed."""
+
+    def __init__(self, seeds: list[PictureSeed], shape: tuple[int, ...], device: torch.device | str = "cpu"):
+        self.sources = [SampleRng(seed, 0, [index]) for seed, index in seeds]
+        self.shape = shape
+        self.device = device
+
+    def __call__(self, step: int) -> Tensor:
+        rows = [torch.as_tensor(source.normal(f"sampling step {step}", self.shape)) for source in self.sources]
+        return torch.cat(rows).to(self.device)
+
+
+class evaluating:  # noqa: N801  reads as a verb: `with evaluating(unet):`
+    """Evaluation mode inside, the former mode after: a training run draws grids between two of its steps."""
+
+    def __init__(self, module: torch.nn.Module):
+        self.module = module
+
+    def __enter__(self) -> None:
+        self.was_training = self.module.training
+        self.module.eval()
+
+    def __exit__(self, *exception: object) -> None:
+        self.module.train(self.was_training)
+
+
+def image_grid(images: Sequence[Any], columns: int, captions: Sequence[str] = (), margin_px: int = 4) -> Any:
+    """Lay pictures (uint8 (H, W, 3) arrays or PIL images of one size) out as a grid -> PIL.Image, RGB, white ground.
+
+    captions: a line below each picture, shortened to its width.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    pictures = [image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)) for image in images]
+    if not pictures:
+        raise ValueError("got no pictures for a grid, expected at least one")
+    width, height = pictures[0].size
+    line_px = 14 if captions else 0
+    columns = min(columns, len(pictures))
+    rows = math.ceil(len(pictures) / columns)
+    cell_w, cell_h = width + margin_px, height + line_px + margin_px
+    grid = Image.new("RGB", (columns * cell_w + margin_px, rows * cell_h + margin_px), "white")
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(size=10)
+    for i, picture in enumerate(pictures):
+        x, y = margin_px + (i % columns) * cell_w, margin_px + (i // columns) * cell_h
+        grid.paste(picture, (x, y))
+        if i < len(captions):
+            text = captions[i]
+            while text and draw.textlength(text, font=font) > width:
+                text = text[:-2].rstrip() + "…" if text.endswith("…") else text[:-1].rstrip() + "…"
+            draw.text((x, y + height), text, fill="black", font=font)
+    return grid
+
+
+def _encode(parts: Parts, texts: list[str], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    unique = sorted(set(texts))
+    context, mask = parts.encode(unique)
+    rows = torch.tensor([unique.index(text) for text in texts])
+    return context[rows].to(device), None if mask is None else mask[rows].to(device)
