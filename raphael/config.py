@@ -180,6 +180,7 @@ class UNetConfig:
     head_dim: Count
     norm_groups: Count
     context_dim: Count
+    context_length: Count  # n_y: tokens of a caption, padding included
     num_space_experts: Count
     num_time_experts: Count
     expansion: Positive  # hidden width of an expert / width of the block

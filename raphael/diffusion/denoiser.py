@@ -1,0 +1,58 @@
+"""The Denoiser seam: D(x, sigma, cond) -> estimate of x_0, with x = x_0 + sigma eps.
+
+Samplers are functions over it; guidance and thresholding are wrappers that compose. A network that predicts eps or v is
+wrapped into one here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from raphael.diffusion.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class TextCondition:
+    """What the network reads of the captions."""
+
+    context: Tensor  # (B, N, D)
+    mask: Tensor  # (B, N) bool, True on real tokens
+
+    def concat(self, other: TextCondition) -> TextCondition:
+        return TextCondition(torch.cat([self.context, other.context]), torch.cat([self.mask, other.mask]))
+
+    def expand(self, batch_size: int) -> TextCondition:
+        """One condition for a whole batch."""
+        return TextCondition(self.context.expand(batch_size, -1, -1), self.mask.expand(batch_size, -1))
+
+
+class Denoiser(Protocol):
+    def __call__(self, x: Tensor, sigma: Tensor, cond: TextCondition) -> Tensor:
+        """x (B, C, h, w) = x_0 + sigma eps, sigma (B,) -> estimate of x_0 (B, C, h, w)."""
+
+
+class NetworkDenoiser:
+    """An eps- or v-predicting network as a Denoiser.
+
+    With x_vp = x / sqrt(1 + sigma^2) the network's input:  x_0 = x - sigma eps,  or  x_0 = (x_vp - sigma v) / sqrt(1 + sigma^2).
+    `collect` is called with every UNetOutput (attention maps, routes) when given.
+    """
+
+    def __init__(self, unet: nn.Module, schedule: Schedule, prediction: Literal["eps", "v"], collect=None):
+        self.unet, self.schedule, self.prediction, self.collect = unet, schedule, prediction, collect
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: TextCondition) -> Tensor:
+        sigma_ = sigma.view(-1, 1, 1, 1).to(x)
+        c_in = (1 + sigma_**2).rsqrt()
+        output = self.unet(
+            x * c_in, self.schedule.timestep(sigma), cond.context, cond.mask, collect=self.collect is not None
+        )
+        if self.collect is not None:
+            self.collect(output)
+        if self.prediction == "eps":
+            return x - sigma_ * output.prediction
+        return c_in * (x * c_in - sigma_ * output.prediction)

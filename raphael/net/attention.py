@@ -1,0 +1,89 @@
+"""Attention with its two explicit hooks: `bias` (an added score, paint-with-words) and `edit` (map -> map,
+prompt-to-prompt, recording). Both None on the fast path.
+
+Letters of the shape suffixes: B samples, H heads, P pixels (queries), N keys, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """Where in the network an attention map arises."""
+
+    kind: Literal["self", "cross"]
+    block: int  # transformer blocks are counted in the order of the forward pass
+    height: int
+    width: int
+
+
+AttentionBias = Callable[[AttentionSite, Tensor], Tensor]  # scores (B, H, P, N) -> what is added to them
+AttentionEdit = Callable[[AttentionSite, Tensor], Tensor]  # probabilities (B, H, P, N) -> probabilities
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, dim: int, head_dim: int):
+        super().__init__()
+        self.num_heads = dim // head_dim
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(
+        self,
+        h: Tensor,  # (B, P, D)
+        site: AttentionSite,
+        edit: AttentionEdit | None = None,
+    ) -> Tensor:  # (B, P, D)
+        B, P, D = h.shape
+        q, k, v = self.qkv(h).view(B, P, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, P, D/H)
+        if edit is None:
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            out = edit(site, torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1)) @ v
+        return self.out(out.transpose(1, 2).reshape(B, P, D))
+
+
+class CrossAttention(nn.Module):
+    """M = softmax(Q K^T / sqrt(d)), out = M V; Q from the map, K and V from the text (RAPHAEL, section 2).
+
+    The map M, averaged over heads, is returned: Space-MoE cuts its regions from it, the edge head learns on it.
+    """
+
+    def __init__(self, dim: int, context_dim: int, head_dim: int):
+        super().__init__()
+        self.num_heads = dim // head_dim
+        self.q = nn.Linear(dim, dim, bias=False)
+        self.kv = nn.Linear(context_dim, 2 * dim, bias=False)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(
+        self,
+        h: Tensor,  # (B, P, D)
+        context: Tensor,  # (B, N, C)
+        context_mask: Tensor | None,  # (B, N) bool, False: no attention to this token
+        site: AttentionSite,
+        bias: AttentionBias | None = None,
+        edit: AttentionEdit | None = None,
+    ) -> tuple[Tensor, Tensor]:  # (B, P, D), M (B, P, N)
+        B, P, D = h.shape
+        N = context.shape[1]
+        q_BHPd = self.q(h).view(B, P, self.num_heads, -1).transpose(1, 2)
+        k_BHNd, v_BHNd = self.kv(context).view(B, N, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        scores_BHPN = q_BHPd @ k_BHNd.mT * q_BHPd.shape[-1] ** -0.5
+        if bias is not None:
+            scores_BHPN = scores_BHPN + bias(site, scores_BHPN)
+        if context_mask is not None:
+            scores_BHPN = scores_BHPN.masked_fill(~context_mask[:, None, None, :], float("-inf"))
+        map_BHPN = torch.softmax(scores_BHPN.float(), dim=-1)
+        if edit is not None:
+            map_BHPN = edit(site, map_BHPN)
+        out = (map_BHPN.to(v_BHNd) @ v_BHNd).transpose(1, 2).reshape(B, P, D)
+        return self.out(out), map_BHPN.mean(1)

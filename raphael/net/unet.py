@@ -1,0 +1,258 @@
+"""The denoiser: Stable Diffusion's U-Net shape with RAPHAEL's transformer blocks (arXiv 2305.18295, figure 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from raphael.config import UNetConfig
+from raphael.net.attention import AttentionBias, AttentionEdit, AttentionSite, CrossAttention, SelfAttention
+from raphael.net.edge import EdgeHead
+from raphael.net.layers import Downsample, ResBlock, TimeEmbedding, Upsample
+from raphael.net.moe import Routing, SpaceMoE, TimeMoE
+
+
+@dataclass
+class GateNoise:
+    """Standard normal noise of all gates, drawn by the caller so that it is a function of the sample, not of the rank."""
+
+    space: Tensor  # (B, blocks, N, K_space)
+    time: Tensor  # (B, blocks, K_time)
+
+
+@dataclass
+class BlockOutput:
+    """What one transformer block shows besides its features."""
+
+    edge_logits: Tensor  # (B, 1, h, w)
+    space: Routing
+    time: Routing
+    attention: Tensor | None  # (B, h*w, N), averaged over heads; only when collected
+    height: int
+    width: int
+
+
+@dataclass
+class UNetOutput:
+    prediction: Tensor  # (B, C, h, w): eps or v, as the diffusion config says
+    blocks: list[BlockOutput] = field(default_factory=list)  # in the order of the forward pass
+
+
+@dataclass
+class Conditioning:
+    """What every block reads."""
+
+    time: Tensor  # (B, time_dim)
+    context: Tensor  # (B, N, context_dim)
+    context_mask: Tensor | None  # (B, N) bool; None: all tokens count
+    gate_noise: GateNoise | None = None
+    collect: bool = False
+    bias: AttentionBias | None = None
+    edit: AttentionEdit | None = None
+
+
+class RaphaelBlock(nn.Module):
+    """h += self-attention; h += cross-attention; h += Time-MoE; h += Space-MoE, each behind a LayerNorm per pixel.
+
+    The order is the paper's (section 3.1); residuals and norms are ours (docs/decisions.md): the paper writes none.
+    """
+
+    def __init__(self, config: UNetConfig, dim: int, time_dim: int, index: int):
+        super().__init__()
+        self.index = index
+        self.norm_in = nn.GroupNorm(config.norm_groups, dim)
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(4))
+        self.self_attention = SelfAttention(dim, config.head_dim)
+        self.cross_attention = CrossAttention(dim, config.context_dim, config.head_dim)
+        gate = {
+            "expansion": config.expansion,
+            "gate_hidden": config.gate_hidden,
+            "gate_noise": config.gate_noise,
+            "gate_gradient": config.gate_gradient,
+        }
+        self.time_moe = TimeMoE(dim, time_dim, config.num_time_experts, **gate)
+        self.space_moe = SpaceMoE(
+            dim, config.context_dim, config.num_space_experts, mask_threshold=config.mask_threshold, **gate
+        )
+        self.edge_head = EdgeHead(config.context_length, config.edge_channels, config.edge_layers)
+        self.out = nn.Conv2d(dim, dim, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(
+        self,
+        x: Tensor,  # (B, D, h, w)
+        cond: Conditioning,
+    ) -> tuple[Tensor, BlockOutput]:  # (B, D, h, w)
+        _, _, height, width = x.shape
+        noise = cond.gate_noise
+        h = self.norm_in(x).flatten(2).mT  # (B, P, D)
+        site = AttentionSite("self", self.index, height, width)
+        h = h + self.self_attention(self.norms[0](h), site, cond.edit)
+        site = AttentionSite("cross", self.index, height, width)
+        term, attention = self.cross_attention(
+            self.norms[1](h), cond.context, cond.context_mask, site, cond.bias, cond.edit
+        )
+        h = h + term
+        term, time = self.time_moe(self.norms[2](h), cond.time, noise=noise and noise.time[:, self.index])
+        h = h + term
+        term, space = self.space_moe(
+            self.norms[3](h), cond.context, attention, cond.context_mask, noise=noise and noise.space[:, self.index]
+        )
+        h = h + term
+        out = x + self.out(h.mT.unflatten(2, (height, width)))
+        edges = self.edge_head(attention, height, width)
+        return out, BlockOutput(edges, space, time, attention if cond.collect else None, height, width)
+
+
+class UNet(nn.Module):
+    """conv in; per level res-blocks (+ transformer blocks) and a downsample; middle; the mirror with skips; conv out."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        self.num_blocks = 0
+        channels, time_dim = config.channels, 4 * config.channels[0]
+        self.time_embedding = TimeEmbedding(channels[0], time_dim)
+        self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
+
+        self.down, skips, width = nn.ModuleList(), [channels[0]], channels[0]
+        for level, level_width in enumerate(channels):
+            for _ in range(config.res_blocks):
+                self.down.append(self._unit(width, level_width, time_dim, level))
+                width = level_width
+                skips.append(width)
+            if level < len(channels) - 1:
+                self.down.append(Downsample(width))
+                skips.append(width)
+
+        self.middle_in = ResBlock(width, width, time_dim, config.norm_groups)
+        self.middle = self._block(width, time_dim)
+        self.middle_out = ResBlock(width, width, time_dim, config.norm_groups)
+
+        self.up = nn.ModuleList()
+        for level, level_width in reversed(list(enumerate(channels))):
+            for _ in range(config.res_blocks + 1):
+                self.up.append(self._unit(width + skips.pop(), level_width, time_dim, level))
+                width = level_width
+            if level > 0:
+                self.up.append(Upsample(width))
+        assert not skips
+
+        self.norm_out = nn.GroupNorm(config.norm_groups, width)
+        self.conv_out = nn.Conv2d(width, config.latent_channels, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+
+    def forward(
+        self,
+        x: Tensor,  # (B, C, h, w)
+        t: Tensor,  # (B,) timesteps, 0 to T-1, any real
+        context: Tensor,  # (B, N, context_dim)
+        context_mask: Tensor | None = None,  # (B, N) bool, True on real tokens
+        *,
+        gate_noise: GateNoise | None = None,
+        collect: bool = False,
+        bias: AttentionBias | None = None,
+        edit: AttentionEdit | None = None,
+    ) -> UNetOutput:
+        """Predict eps or v. With mean_over="all_tokens" the mask is ignored: padding is attended to and counted.
+
+        Raises ValueError on a latent the U-Net cannot halve often enough, or a context of another size.
+        """
+        self._check(x, context)
+        if self.config.mean_over == "all_tokens":
+            context_mask = None
+        context = context.to(x.dtype)
+        cond = Conditioning(self.time_embedding(t), context, context_mask, gate_noise, collect, bias, edit)
+        blocks: list[BlockOutput] = []
+        h = self.conv_in(x)
+        skips = [h]
+        for module in self.down:
+            h = self._apply(module, h, cond, blocks)
+            skips.append(h)
+        h = self.middle_in(h, cond.time)
+        h, block = self.middle(h, cond)
+        blocks.append(block)
+        h = self.middle_out(h, cond.time)
+        for module in self.up:
+            if not isinstance(module, Upsample):
+                h = torch.cat([h, skips.pop()], dim=1)
+            h = self._apply(module, h, cond, blocks)
+        return UNetOutput(self.conv_out(nn.functional.silu(self.norm_out(h))), blocks)
+
+    def transformer_blocks(self) -> list[RaphaelBlock]:
+        """All blocks in the order of the forward pass."""
+        found = [module for module in self.modules() if isinstance(module, RaphaelBlock)]
+        return sorted(found, key=lambda block: block.index)
+
+    @torch.no_grad()
+    def space_routes(self, context: Tensor) -> Tensor:
+        """Which space expert every token takes: context (B, N, context_dim) -> (blocks, B, N) int64, without noise.
+
+        A route depends on the token's encoding alone, not on the picture nor on the timestep.
+        """
+        return torch.stack([block.space_moe.gate.logits(context).argmax(-1) for block in self.transformer_blocks()])
+
+    @torch.no_grad()
+    def time_routes(self, t: Tensor) -> Tensor:
+        """Which time expert every timestep takes: t (T,) -> (blocks, T) int64, without noise."""
+        embedding = self.time_embedding(t)
+        return torch.stack([block.time_moe.gate.logits(embedding).argmax(-1) for block in self.transformer_blocks()])
+
+    def time_balance_loss(self, t: Tensor) -> Tensor:
+        """Switch's balance loss K sum_k f_k P_k of the time gates over the timesteps t (T,), mean over blocks, scalar.
+
+        Over a fixed set of timesteps and not over the batch's, so that it does not depend on how a batch is split.
+        """
+        embedding = self.time_embedding(t)
+        losses = []
+        for block in self.transformer_blocks():
+            probability = block.time_moe.gate.logits(embedding).softmax(-1)
+            expert = probability.argmax(-1)
+            everyone = torch.ones_like(expert, dtype=torch.bool)
+            losses.append(Routing(expert[None], probability[None], everyone[None]).balance_loss().mean())
+        return torch.stack(losses).mean()
+
+    def attention_maps_px(self, height: int, width: int) -> list[tuple[int, int]]:
+        """(height, width) of every block's map for a latent of that size, in the order of the forward pass."""
+        last = len(self.config.channels) - 1
+        down = [level for level in range(last + 1) if level in self.config.attention_levels]
+        levels = [level for level in down for _ in range(self.config.res_blocks)] + [last]
+        levels += [level for level in reversed(down) for _ in range(self.config.res_blocks + 1)]
+        return [(height >> level, width >> level) for level in levels]
+
+    def _unit(self, in_width: int, width: int, time_dim: int, level: int) -> nn.ModuleList:
+        unit = nn.ModuleList([ResBlock(in_width, width, time_dim, self.config.norm_groups)])
+        if level in self.config.attention_levels:
+            unit.append(self._block(width, time_dim))
+        return unit
+
+    def _block(self, dim: int, time_dim: int) -> RaphaelBlock:
+        block = RaphaelBlock(self.config, dim, time_dim, self.num_blocks)
+        self.num_blocks += 1
+        return block
+
+    @staticmethod
+    def _apply(module: nn.Module, h: Tensor, cond: Conditioning, blocks: list[BlockOutput]) -> Tensor:
+        if not isinstance(module, nn.ModuleList):
+            return module(h)
+        h = module[0](h, cond.time)
+        for block in module[1:]:
+            h, output = block(h, cond)
+            blocks.append(output)
+        return h
+
+    def _check(self, x: Tensor, context: Tensor) -> None:
+        factor = 2 ** (len(self.config.channels) - 1)
+        if x.dim() != 4 or x.shape[1] != self.config.latent_channels or x.shape[2] % factor or x.shape[3] % factor:
+            raise ValueError(
+                f"x: got shape {tuple(x.shape)}, expected (B, {self.config.latent_channels}, h, w) "
+                f"with h and w multiples of {factor}"
+            )
+        want = (self.config.context_length, self.config.context_dim)
+        if tuple(context.shape[1:]) != want:
+            raise ValueError(f"context: got shape {tuple(context.shape)}, expected (B, {want[0]}, {want[1]})")
+

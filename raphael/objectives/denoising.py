@@ -1,0 +1,127 @@
+"""RAPHAEL's training objective, L = L_denoise + L_edge (+ balance) (arXiv 2305.18295, section 3.2), behind the Objective seam."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raphael.config import DiffusionConfig, TrainConfig
+from raphael.diffusion.denoiser import TextCondition
+from raphael.diffusion.latents import sample_latents
+from raphael.diffusion.schedule import Schedule
+from raphael.net.edge import focal_loss
+from raphael.net.unet import BlockOutput, GateNoise, UNet
+from raphael.randomness import SampleRng
+from raphael.records import EDGES, MOMENTS, TOKEN_IDS
+
+BALANCE_TIMESTEPS = 64  # of the grid on which the time gates' balance is judged
+
+
+@dataclass(frozen=True)
+class LatentScale:
+    """How raw VAE means become latents of unit variance: (mean - shift) * factor."""
+
+    factor: float
+    shift: float = 0.0
+
+
+class DenoisingObjective(nn.Module):
+    """batch -> named losses.
+
+    encode_text: token ids (B, N) int64 -> TextCondition; frozen, run without gradient. empty_tokens (N,): the caption
+    that replaces a dropped one. Latent noise, timestep, noise, caption drop and gate noise are drawn from the rng, so
+    they are functions of (seed, epoch, sample index) and not of the rank or the batch.
+    """
+
+    def __init__(
+        self,
+        unet: UNet,
+        encode_text: Callable[[Tensor], TextCondition],
+        empty_tokens: Tensor,
+        diffusion: DiffusionConfig,
+        config: TrainConfig,
+        scale: LatentScale,
+    ):
+        super().__init__()
+        self.unet = unet
+        self.encode_text = encode_text
+        self.register_buffer("empty_tokens", empty_tokens.long(), persistent=False)
+        self.schedule = Schedule(diffusion)
+        self.prediction = diffusion.prediction
+        self.config = config
+        self.scale = scale
+        grid = torch.linspace(0, diffusion.num_steps - 1, BALANCE_TIMESTEPS)
+        self.register_buffer("balance_timesteps", grid, persistent=False)
+
+    def forward(self, batch: dict[str, Tensor], rng: SampleRng) -> dict[str, Tensor]:
+        """batch: moments (B, 2C, h, w), token_ids (B, N), edges (B, E, F) uint8.
+
+        Returns "loss" (the weighted sum, what is minimised), "denoise", "edge", "balance" and, detached, the load of
+        every expert and the cover of every block.
+        """
+        moments = batch[MOMENTS]
+        B, C, h, w = len(moments), moments.shape[1] // 2, *moments.shape[2:]
+        device = moments.device
+        x0 = sample_latents(moments, self.scale.factor, self.scale.shift, rng.normal("latent", (C, h, w)).to(device))
+        t = (rng.uniform("timestep") * self.schedule.num_steps).long().clamp(max=self.schedule.num_steps - 1).to(device)
+        noise = rng.normal("noise", (C, h, w)).to(device)
+        dropped = (rng.uniform("caption_drop") < self.config.caption_drop).to(device)
+        tokens = torch.where(dropped[:, None], self.empty_tokens, batch[TOKEN_IDS].long())
+        with torch.no_grad():
+            text = self.encode_text(tokens)
+
+        x_t = self.schedule.add_noise(x0, noise, t)
+        output = self.unet(x_t, t, text.context, text.mask, gate_noise=self._gate_noise(rng, text.context))
+        target = noise if self.prediction == "eps" else self.schedule.velocity(x0, noise, t)
+        losses = {
+            "denoise": F.mse_loss(output.prediction.float(), target),
+            "edge": self._edge_loss(output.blocks, batch[EDGES], t),
+            "balance": self._balance_loss(output.blocks),
+        }
+        weights = {"denoise": 1.0, "edge": self.config.edge_weight, "balance": self.config.balance_weight}
+        loss = sum(weights[name] * value for name, value in losses.items())
+        assert B == len(t)
+        return {"loss": loss, **losses, **_expert_statistics(output.blocks)}
+
+    def _gate_noise(self, rng: SampleRng, context: Tensor) -> GateNoise | None:
+        config, blocks = self.unet.config, self.unet.num_blocks
+        if not self.unet.training or config.gate_noise == 0:
+            return None
+        space = rng.normal("space_gate", (blocks, context.shape[1], config.num_space_experts))
+        time = rng.normal("time_gate", (blocks, config.num_time_experts))
+        return GateNoise(space.to(context.device), time.to(context.device))
+
+    def _edge_loss(self, blocks: list[BlockOutput], edges: Tensor, t: Tensor) -> Tensor:
+        """sum over samples with t <= T_c of (focal, mean over pixels, mean over blocks), divided by the batch size.
+
+        Dividing by the batch and not by the number of samples below T_c keeps it finite and independent of the split.
+        """
+        target = edges.float().unsqueeze(1) / 255.0
+        per_block = []
+        for block in blocks:
+            at_block = F.adaptive_max_pool2d(target, (block.height, block.width))  # thin edges survive a maximum
+            loss = focal_loss(block.edge_logits, at_block, self.config.focal_alpha, self.config.focal_gamma)
+            per_block.append(loss.mean(dim=(1, 2, 3)))
+        per_sample = torch.stack(per_block).mean(0)
+        return (per_sample * (t <= self.config.edge_max_timestep)).sum() / len(t)
+
+    def _balance_loss(self, blocks: list[BlockOutput]) -> Tensor:
+        if self.config.balance_weight == 0:
+            return blocks[0].edge_logits.new_zeros(())
+        space = torch.stack([block.space.balance_loss().mean() for block in blocks]).mean()
+        return space + self.unet.time_balance_loss(self.balance_timesteps)
+
+
+@torch.no_grad()
+def _expert_statistics(blocks: list[BlockOutput]) -> dict[str, Tensor]:
+    statistics = {}
+    for index, block in enumerate(blocks):
+        statistics[f"cover/block{index:02d}"] = block.space.cover.mean()
+        for kind, routing in (("space", block.space), ("time", block.time)):
+            for k, share in enumerate(routing.load()):
+                statistics[f"{kind}_load/block{index:02d}_expert{k}"] = share
+    return statistics
