@@ -1,0 +1,80 @@
+# `make help` lists the targets. Everything runs in .venv, which `make setup` makes from requirements.lock.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+MAKEFLAGS += --no-print-directory
+
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+SOURCE ?= scenes
+COCO_DIR ?=
+WHEN_DONE = $(VENV)/.ready-$(shell cat requirements.lock pyproject.toml | cksum | tr -s ' ' '-')
+
+export PATH := $(BIN):$(PATH)
+# The same switches as flows/environment.py: nothing that runs here reports about itself to anyone.
+export DO_NOT_TRACK := true
+export DVC_NO_ANALYTICS := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+export NO_ALBUMENTATIONS_UPDATE := 1
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: help
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: $(WHEN_DONE)  ## make .venv from requirements.lock (versions and hashes); at once when it is there
+
+# uv comes out of the same lock. `sync` installs exactly the lock, without asking anyone what else might be needed.
+$(WHEN_DONE):
+	@./.ci/find-python >/dev/null
+	test -x $(BIN)/python || "$$(./.ci/find-python)" -m venv $(VENV)
+	awk '/^[^ ]/{on = /^uv==/} on' requirements.lock > $(VENV)/uv.lock
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement $(VENV)/uv.lock
+	$(BIN)/uv pip sync --python $(BIN)/python --require-hashes requirements.lock
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@rm -f $(VENV)/.ready-* && touch $@
+
+.PHONY: demo
+demo: setup  ## the whole chain, from links to the report (SOURCE=coco COCO_DIR=folder: on those photographs)
+	@python -m flows.demo --source "$(SOURCE)" --coco-dir "$(COCO_DIR)"
+
+.PHONY: repro
+repro: setup  ## the same work without Prefect: what changed, in DVC's order
+	@dvc repro
+
+.PHONY: up
+up: setup  ## start the Prefect server, the MLflow page and the deployments raphael/{full,data,train,evaluate}
+	@python -m flows.serve up
+
+.PHONY: down
+down:  ## stop exactly what `make up` started
+	@test ! -x $(BIN)/python || python -m flows.serve down
+
+.PHONY: test
+test: setup  ## the tests (without those marked slow or gpu)
+	@pytest -m "not slow and not gpu"
+
+.PHONY: test-all
+test-all: setup  ## every test that this machine can run
+	@pytest -m ""
+
+.PHONY: lint
+lint: setup  ## ruff and the byte compiler over all code
+	@ruff check .
+	@python -m compileall -q raphael data_pipeline flows tests benchmarks
+
+.PHONY: bench
+bench: setup  ## the benchmarks, one after the other; results under benchmarks/results
+	@for file in benchmarks/*.py; do echo "== $$file"; python "$$file"; done
+
+.PHONY: lock
+lock: setup  ## compile requirements.lock anew from pyproject.toml
+	@uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes \
+		--no-emit-index-url --no-header --quiet --output-file requirements.lock
+
+.PHONY: clean
+clean: down  ## remove what runs leave behind; data, models, reports and DVC's cache stay
+	@rm -rf work .run ray_results .pytest_cache .ruff_cache
+	@find raphael data_pipeline flows tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
