@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raphael.diffusion.denoiser import NetworkDenoiser
+from raphael.diffusion.denoiser import NetworkDenoiser, TextCondition
 from raphael.diffusion.guidance import ClassifierFreeGuidance
-from raphael.diffusion.samplers import sample, sampling_sigmas
+from raphael.diffusion.samplers import sample
 from raphael.diffusion.schedule import Schedule
 from raphael.randomness import SampleRng
 
@@ -28,14 +28,14 @@ PictureSeed = tuple[int, int]  # (seed, index): all that the noise of a picture 
 class Parts:
     """What drawing needs, as functions, so that a training run hands over what it holds in memory.
 
-    encode: texts -> (context (B, N, D) float32, mask (B, N) bool); decode: scaled latents (B, C, h, w) -> pictures
-    (B, 3, H, W) in [-1, 1]; latent_shape: (C, h, w) of one picture.
+    encode: texts -> TextCondition; decode: scaled latents (B, C, h, w) -> pictures (B, 3, H, W) in [-1, 1];
+    latent_shape: (C, h, w) of one picture.
     """
 
     unet: torch.nn.Module
     schedule: Schedule
     prediction: str
-    encode: Callable[[list[str]], tuple[Tensor, Tensor | None]]
+    encode: Callable[[list[str]], TextCondition]
     decode: Callable[[Tensor], Tensor]
     latent_shape: tuple[int, int, int]
 
@@ -74,24 +74,28 @@ def draw_latents(
     prompts: list[str],
     seeds: list[PictureSeed],
     settings: Sampling,
-    negative_prompt: str | list[str] = "",
+    negative_prompt: str = "",
 ) -> Tensor:
     """Draw scaled latents (n, C, h, w), one batch. The conditional and unconditional branch share one forward."""
+    denoiser = ClassifierFreeGuidance(
+        NetworkDenoiser(parts.unet, parts.schedule, parts.prediction),
+        settings.guidance_scale,
+        encode_texts(parts, [negative_prompt]),
+    )
     device = next(parts.unet.parameters()).device
-    context, mask = _encode(parts, prompts, device)
-    denoiser = NetworkDenoiser(parts.unet, parts.schedule, parts.prediction)
-    if settings.guidance_scale != 1.0:
-        negatives = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
-        empty, empty_mask = _encode(parts, negatives, device)
-        uncond = (
-            empty.expand(len(prompts), -1, -1) if len(negatives) == 1 else empty,
-            None if empty_mask is None else empty_mask.expand(len(prompts), -1),
-        )
-        denoiser = ClassifierFreeGuidance(denoiser, settings.guidance_scale, uncond)
     noise = PictureNoise(seeds, parts.latent_shape, device)
-    sigmas = sampling_sigmas(parts.schedule, settings.steps).to(device)
+    sigmas = parts.schedule.sampling_sigmas(settings.steps)
     with evaluating(parts.unet):
-        return sample(settings.sampler, denoiser, noise(0) * sigmas[0], sigmas, (context, mask), noise)
+        return sample(settings.sampler, denoiser, noise.start(), sigmas, encode_texts(parts, prompts), noise)
+
+
+def encode_texts(parts: Parts, texts: list[str]) -> TextCondition:
+    """The condition of a batch of prompts, each different text encoded once."""
+    unique = sorted(set(texts))
+    device = next(parts.unet.parameters()).device
+    cond = parts.encode(unique)
+    rows = torch.tensor([unique.index(text) for text in texts], device=cond.context.device)
+    return TextCondition(cond.context[rows].to(device), cond.mask[rows].to(device))
 
 
 @torch.inference_mode()
@@ -102,15 +106,21 @@ def decode_pictures(parts: Parts, latents: Tensor) -> np.ndarray:
 
 
 class PictureNoise:
-    """Standard normal noise for a batch of pictures: noise(step) -> (B, C, h, w), from each picture's own seed."""
+    """Standard normal noise (B, C, h, w) of a batch of pictures, each picture's from its own seed: start(), noise(step)."""
 
     def __init__(self, seeds: list[PictureSeed], shape: tuple[int, ...], device: torch.device | str = "cpu"):
         self.sources = [SampleRng(seed, 0, [index]) for seed, index in seeds]
         self.shape = shape
         self.device = device
 
+    def start(self) -> Tensor:
+        return self._draw("picture")
+
     def __call__(self, step: int) -> Tensor:
-        rows = [torch.as_tensor(source.normal(f"sampling step {step}", self.shape)) for source in self.sources]
+        return self._draw(f"picture step {step}")
+
+    def _draw(self, stream: str) -> Tensor:
+        rows = [torch.from_numpy(source.normal(stream, self.shape)) for source in self.sources]
         return torch.cat(rows).to(self.device)
 
 
@@ -155,9 +165,3 @@ def image_grid(images: Sequence[Any], columns: int, captions: Sequence[str] = ()
             draw.text((x, y + height), text, fill="black", font=font)
     return grid
 
-
-def _encode(parts: Parts, texts: list[str], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    unique = sorted(set(texts))
-    context, mask = parts.encode(unique)
-    rows = torch.tensor([unique.index(text) for text in texts])
-    return context[rows].to(device), None if mask is None else mask[rows].to(device)

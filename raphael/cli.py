@@ -1,0 +1,125 @@
+"""The `raphael` command. Each sub-command imports its room when it is called, so that `raphael --help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from raphael.stage import StageError, one_clear_line, write_json
+from raphael.strict import ConfigError
+
+CHECKPOINT = "models/raphael"
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    with one_clear_line(f"raphael {arguments.command}") as outcome:
+        try:
+            arguments.act(arguments)
+        except (StageError, ConfigError):
+            raise
+        except ValueError as error:  # what a user can get wrong: a checkpoint of another shape, a size, a sampler's name
+            raise StageError(str(error)) from error
+    return outcome.status
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="raphael", description="An open RAPHAEL: draw from a checkpoint, look into it.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = _command(commands, "generate", "draw pictures for a prompt", _generate)
+    command.add_argument("prompt", nargs="+", help="one or several prompts, each in quotes")
+    command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    command.add_argument("--steps", type=int, default=30, help="denoising steps (default: %(default)s)")
+    command.add_argument("--guidance-scale", type=float, default=4.0, help="1: none (default: %(default)s)")
+    command.add_argument("--num-images", type=int, default=1, help="for each prompt (default: %(default)s)")
+    command.add_argument("--negative-prompt", default="", help="what to keep away from")
+    command.add_argument("--sampler", default="dpmpp_2m", help="ddpm, ddim or dpmpp_2m (default: %(default)s)")
+    command.add_argument("--batch-size", type=int, default=50, help="pictures at a time (default: %(default)s)")
+    command.add_argument("--out", type=Path, required=True, help="folder for the PNGs and images.json")
+
+    command = _command(commands, "routes", "which experts a prompt's words, and the timesteps, go through", _routes)
+    command.add_argument("prompt")
+    command.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+    command = _command(commands, "info", "what a checkpoint or a preset is made of", _info)
+    command.add_argument("--preset", default="", help="a preset's name or file, instead of a checkpoint")
+
+    command = commands.add_parser("evaluate", help="run the evaluation and the report of a workspace")
+    command.add_argument("--params", default="params.yaml", help="its folder is the workspace (default: %(default)s)")
+    command.set_defaults(act=_evaluate)
+    return parser
+
+
+def _command(commands: argparse._SubParsersAction, name: str, text: str, act) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+    command.add_argument("--checkpoint", default=CHECKPOINT, help="a pipeline folder (default: %(default)s)")
+    command.set_defaults(act=act)
+    return command
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from raphael.generate.pipeline import RaphaelPipeline
+
+    if arguments.num_images < 1:
+        raise StageError(f"--num-images: got {arguments.num_images}, expected at least 1")
+    pipeline = RaphaelPipeline.from_pretrained(arguments.checkpoint)
+    pipeline.sampler, pipeline.batch_size = arguments.sampler, arguments.batch_size
+    result = pipeline(
+        arguments.prompt,
+        negative_prompt=arguments.negative_prompt or None,
+        num_inference_steps=arguments.steps,
+        guidance_scale=arguments.guidance_scale,
+        num_images_per_prompt=arguments.num_images,
+        seed=arguments.seed,
+    )
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for index, image in enumerate(result.images):
+        name = f"{index:05d}.png"
+        image.save(arguments.out / name)
+        entries.append({"file": name, "prompt": arguments.prompt[index // arguments.num_images], "index": index})
+    settings = {
+        "seed": arguments.seed,
+        "steps": arguments.steps,
+        "guidance_scale": arguments.guidance_scale,
+        "sampler": arguments.sampler,
+        "negative_prompt": arguments.negative_prompt,
+    }
+    write_json(arguments.out / "images.json", {"model": pipeline.identity, "settings": settings, "images": entries})
+    for entry in entries:
+        print(arguments.out / entry["file"])
+
+
+def _routes(arguments: argparse.Namespace) -> None:
+    import json
+
+    from raphael.evaluate.routes import routes_text, time_table, token_routes
+    from raphael.generate.pipeline import RaphaelPipeline
+
+    pipeline = RaphaelPipeline.from_pretrained(arguments.checkpoint)
+    words, times = token_routes(pipeline, arguments.prompt), time_table(pipeline)
+    if arguments.json:
+        print(json.dumps({"prompt": arguments.prompt, "words": words, "times": times}, ensure_ascii=False))
+    else:
+        print(routes_text(arguments.prompt, words, times))
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    from raphael.generate.info import describe_checkpoint, describe_preset
+
+    print(describe_preset(arguments.preset) if arguments.preset else describe_checkpoint(arguments.checkpoint))
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    import subprocess
+
+    for module in ("raphael.evaluate", "raphael.evaluate.report"):
+        status = subprocess.run([sys.executable, "-m", module, "--params", arguments.params]).returncode
+        if status:
+            raise StageError(f"python -m {module} ended with status {status}; its message is above")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,59 @@
+"""What a drawn picture looked like from inside: which pixels each word attended to, the edges the network saw, the routes.
+
+Taken in one extra forward per picture: the finished latents are noised again to timestep t and the network is asked once,
+with the prompt, what it sees there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from raphael.sampling import Parts, PictureNoise, PictureSeed, encode_texts, evaluating
+
+
+@dataclass
+class Insight:
+    """Letters: n pictures, L blocks, N tokens, h x w the largest map of the network, S the tokens of a prompt."""
+
+    timestep: int
+    words: list[list[str]]  # (n, N) the word each token belongs to; "" for padding
+    attention: np.ndarray  # (n, N, h, w) float32: mean over the blocks with the largest map, each token's maximum scaled to 1
+    edges: np.ndarray  # (n, h, w) float32: predicted edge probability, mean over those blocks
+    routes: np.ndarray  # (n, L, N) int64: the space expert of every token in every block
+
+
+def look_inside(
+    parts: Parts, text_encoder: Any, prompts: list[str], latents: torch.Tensor, seeds: list[PictureSeed], timestep: int | None = None
+) -> Insight:
+    """Look at drawn latents (n, C, h, w) at a timestep (default: 30 % of T, where shapes stand and edges are still decided)."""
+    device = latents.device
+    timestep = int(0.3 * parts.schedule.num_steps) if timestep is None else timestep
+    times = torch.full((len(prompts),), timestep, device=device)
+    noised = parts.schedule.add_noise(latents, PictureNoise(seeds, parts.latent_shape, device).start(), times)
+    with evaluating(parts.unet), torch.inference_mode():
+        cond = encode_texts(parts, prompts)
+        output = parts.unet(noised, times.float(), cond.context, cond.mask, collect=True)
+        routes = parts.unet.space_routes(cond.context)
+    largest = max(block.height * block.width for block in output.blocks)
+    chosen = [block for block in output.blocks if block.height * block.width == largest]
+    height, width = chosen[0].height, chosen[0].width
+    maps = torch.stack([block.attention.float() for block in chosen]).mean(0).mT.unflatten(2, (height, width))
+    maps = maps / maps.amax((2, 3), keepdim=True).clamp(min=1e-12)
+    edges = torch.stack([block.edge_logits.float().sigmoid()[:, 0] for block in chosen]).mean(0)
+    return Insight(
+        timestep,
+        [token_words(text_encoder, prompt, cond.context.shape[1]) for prompt in prompts],
+        maps.cpu().numpy(),
+        edges.cpu().numpy(),
+        routes.permute(1, 0, 2).cpu().numpy(),
+    )
+
+
+def token_words(text_encoder: Any, prompt: str, length: int) -> list[str]:
+    """The word at each of the context's positions, "" for padding."""
+    words = list(text_encoder.tokens_of(prompt))[:length]
+    return words + [""] * (length - len(words))
