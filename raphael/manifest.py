@@ -1,0 +1,101 @@
+"""A manifest says what a folder must hold: every file with its size and sha256, and the facts that belong to them.
+
+safetensors, .npy and plain binary files give back a flipped bit without a word; a hash per file, checked when the folder
+is opened, finds it. The manifest is written last, so that a folder without one is unfinished, and it carries its own hash.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from raphael.stage import StageError, file_sha256
+
+NAME = "manifest.json"
+
+
+class ManifestError(StageError, ValueError):
+    """A folder does not hold what its manifest says. One line: the file, got, expected, what to do."""
+
+
+def write_manifest(folder: Path, form: str, files: list[str], facts: dict[str, Any]) -> str:
+    """Hash `files` of `folder` and write manifest.json to disk, the last step of finishing a folder. Returns its sha256.
+
+    form: name and version of the format, such as "raphael-records/1".
+    """
+    entries = {}
+    for name in sorted(files):
+        path = folder / name
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        entries[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    content = {"format": form, "files": entries, "facts": facts}
+    sha256 = _sha256(content)
+    temporary = folder / f".{NAME}"
+    with open(temporary, "wb") as file:
+        file.write(_canonical({"sha256": sha256, **content}))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / NAME)
+    fsync_folder(folder)
+    return sha256
+
+
+def read_manifest(folder: str | Path, form: str) -> dict[str, Any]:
+    """The manifest of a finished folder, itself verified: keys sha256, format, files, facts. Raises ManifestError."""
+    path = Path(folder) / NAME
+    try:
+        raw = path.read_bytes()
+        manifest = json.loads(raw)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ManifestError(f"{path}: no such file: {folder} is absent or unfinished; run what makes it again") from None
+    except ValueError:  # JSON and UTF-8 errors
+        raise ManifestError(f"{path}: damaged (not valid JSON); restore it or run what makes it again") from None
+    content = {name: value for name, value in manifest.items() if name != "sha256"} if isinstance(manifest, dict) else {}
+    # the bytes must be the canonical ones: otherwise a flipped bit in white space would go unseen
+    if set(content) != {"format", "files", "facts"} or _sha256(content) != manifest.get("sha256") or raw != _canonical(manifest):
+        raise ManifestError(f"{path}: damaged (its own hash does not fit); restore it or run what makes it again")
+    if manifest["format"] != form:
+        raise ManifestError(f"{path}: got format {manifest['format']!r}, expected {form!r}; make it again with this version")
+    return manifest
+
+
+def check_files(folder: str | Path, manifest: dict[str, Any], names: list[str] | None = None, hashes: bool = True) -> None:
+    """Compare files with the manifest: their sizes always, their sha256 where `hashes`. Raises ManifestError."""
+    for name in manifest["files"] if names is None else names:
+        path = Path(folder) / name
+        entry = manifest["files"].get(name)
+        if entry is None or Path(name).name != name:
+            raise ManifestError(f"{path}: not in the manifest of {folder}; restore it or run what makes it again")
+        if not path.is_file():
+            raise ManifestError(f"{path}: no such file, though the manifest lists it; restore it or run what makes it again")
+        if path.stat().st_size != entry["bytes"]:
+            raise ManifestError(
+                f"{path}: got {path.stat().st_size} bytes, expected {entry['bytes']}; restore it or run what makes it again"
+            )
+        if hashes and (got := file_sha256(path)) != entry["sha256"]:
+            raise ManifestError(
+                f"{path}: damaged: got sha256 {got[:12]}..., expected {entry['sha256'][:12]}...; "
+                "restore it or run what makes it again"
+            )
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make names in the folder (new files, renames) survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _canonical(manifest: dict[str, Any]) -> bytes:
+    return (json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def _sha256(content: dict[str, Any]) -> str:
+    import hashlib
+
+    return hashlib.sha256(_canonical(content)).hexdigest()
