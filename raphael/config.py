@@ -75,6 +75,7 @@ class DownloadConfig:
     deadline_s: Positive  # the whole answer
     max_bytes: Count
     max_pixels: Count
+    per_host: Count  # connections to one host at a time
     stall_s: Positive  # no shard finished and no row moved for so long: the downloader is restarted
     user_agent: str
     local_host: str  # the one host that may resolve to this machine (the embedded corpus); "" for none
