@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class SampleRng:
@@ -18,7 +22,7 @@ class SampleRng:
 
     epoch: one number, or one per sample (a batch may reach into the next epoch). indices: (B,), which sample of the data
     set each is. Streams are free names ("noise", "timestep"): draws of different streams are independent, and drawing the
-    same stream again gives the same numbers. Results are numpy arrays (torch.from_numpy shares their memory).
+    same stream again gives the same numbers. Results are tensors on the CPU.
 
     Costs about 3 microseconds per sample and stream, and 8 ns per normal number.
     """
@@ -31,20 +35,22 @@ class SampleRng:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def normal(self, stream: str, shape: Sequence[int] = ()) -> np.ndarray:
+    def normal(self, stream: str, shape: Sequence[int] = ()) -> Tensor:
         """Standard normal numbers, float32 (B, *shape)."""
         return self._draw(stream, shape, lambda generator, out: generator.standard_normal(dtype=np.float32, out=out))
 
-    def uniform(self, stream: str, shape: Sequence[int] = ()) -> np.ndarray:
+    def uniform(self, stream: str, shape: Sequence[int] = ()) -> Tensor:
         """Uniform numbers from 0 to below 1, float32 (B, *shape)."""
         return self._draw(stream, shape, lambda generator, out: generator.random(dtype=np.float32, out=out))
 
-    def integers(self, stream: str, high: int, shape: Sequence[int] = ()) -> np.ndarray:
+    def integers(self, stream: str, high: int, shape: Sequence[int] = ()) -> Tensor:
         """Whole numbers from 0 to below `high` (at most 2^20), int64 (B, *shape)."""
         assert 0 < high <= 1 << 20, high  # float32 has 24 bits: beyond, some numbers would come up too rarely
-        return (self.uniform(stream, shape).astype(np.float64) * high).astype(np.int64)
+        return (self.uniform(stream, shape).double() * high).long()
 
-    def _draw(self, stream: str, shape: Sequence[int], fill: Callable[..., object]) -> np.ndarray:
+    def _draw(self, stream: str, shape: Sequence[int], fill: Callable[..., object]) -> Tensor:
+        import torch
+
         out = np.empty((len(self), int(np.prod(shape, dtype=np.int64))), dtype=np.float32)
         bits = np.random.Philox(key=stream_key(self.seed, stream))
         generator = np.random.Generator(bits)
@@ -52,7 +58,7 @@ class SampleRng:
         for row, epoch, index in zip(out, self.epochs, self.indices, strict=True):
             set_counter(bits, state, epoch, index)
             fill(generator, row)
-        return out.reshape(len(self), *shape)
+        return torch.from_numpy(out.reshape(len(self), *shape))
 
 
 def stream_key(seed: int, stream: str) -> np.ndarray:

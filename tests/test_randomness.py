@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from raphael.randomness import SampleRng, permutation
 
@@ -65,7 +66,7 @@ def test_numbers_have_the_promised_distribution():
 def test_uniform_stays_below_one_and_integers_in_range():
     rng = SampleRng(0, 0, np.arange(500))
     drawn = rng.uniform("u", (100,))
-    assert drawn.dtype == np.float32 and drawn.min() >= 0 and drawn.max() < 1
+    assert drawn.dtype == torch.float32 and drawn.min() >= 0 and drawn.max() < 1
     assert rng.integers("t", 1000, (100,)).max() == 999
 
 

@@ -1,0 +1,345 @@
+"""The one training loop: every objective, alone or as one of several workers, resumed bit for bit.
+
+The loop knows nothing of pictures. An objective brings its parameters and a function from a batch to named losses; the loop
+brings order, updates, averages, checkpoints and numbers. Progress is counted in images.
+
+Several workers: where a torch.distributed process group is up, each rank runs this same function with its `World`. Every
+rank's slice has the same length, so the mean over ranks of the losses is the mean over the global batch, and the update is
+that of world size 1 up to rounding. DDP runs with find_unused_parameters: a parameter that no sample of a rank used gives a
+zero there and nobody waits for it; one that no rank used gets no gradient, as at world size 1. (It also keeps DDP's buckets
+fixed from the first step on, without which a resumed run would sum in another order.)
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from raphael.checkpoint import CheckpointHome
+from raphael.config import LoopConfig
+from raphael.randomness import SampleRng
+from raphael.stage import StageError
+from raphael.train.batches import Batches
+from raphael.train.optim import clip_gradients, learning_rate
+from raphael.train.state import State
+
+
+class Objective(Protocol):
+    """An nn.Module. Parameters with requires_grad are what is trained.
+
+    objective(batch, rng) -> {"loss": scalar to minimise, a mean over the batch; further losses and statistics by name, of
+    any shape that is the same at every step}. All randomness comes from `rng`, so that it belongs to the sample.
+    """
+
+    def __call__(self, batch: dict[str, Tensor], rng: SampleRng) -> dict[str, Tensor]: ...
+
+
+class Data(Protocol):
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]: ...
+
+
+class Tracker(Protocol):
+    def log(self, metrics: dict[str, float], step: int) -> None: ...
+
+
+class TrainingError(StageError):
+    """The training cannot go on. One line."""
+
+
+@dataclass(frozen=True)
+class World:
+    """Which worker this is, and where it computes."""
+
+    rank: int = 0
+    size: int = 1
+    device: str = "cpu"
+
+    @staticmethod
+    def current(device: str = "cpu") -> World:
+        """This process' place in torch.distributed's process group; alone where there is none."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+        return World(device=device)
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What others do beside the loop, on rank 0 only.
+
+    on_log(metrics, images): a point was logged. on_sample(images): draw pictures; the objective has the averaged weights.
+    progress(images): a step ended. say(line): something a person should read.
+    """
+
+    on_log: Callable[[dict[str, float], int], None] = _nothing
+    on_sample: Callable[[int], None] = _nothing
+    progress: Callable[[int], None] = _nothing
+    say: Callable[[str], None] = print
+
+
+def train(
+    objective: nn.Module,
+    data: Data,
+    loop: LoopConfig,
+    seed: int,
+    *,
+    folder: str | Path,
+    tracker: Tracker | None = None,
+    world: World = World(),  # noqa: B008 (frozen)
+    hooks: Hooks = Hooks(),  # noqa: B008 (frozen)
+) -> dict[str, Any]:
+    """Train `objective` on `data` for loop.num_images images, going on from the newest checkpoint in `folder` if any.
+
+    data: len() and batch(indices) -> arrays (B, ...). folder: of the checkpoints, shared by all ranks; the newest two stay.
+    tracker: gets every logged point once (step = images). Points are means over the steps since the one before.
+
+    Returns {"images", "history" (list of points, each with "images" and "train/<name>"), "ema" (averaged weights by name)};
+    the objective holds the last weights. Nothing in it depends on time, rank or restarts.
+
+    SIGTERM and Ctrl-C: the step ends, a checkpoint is written, then SystemExit(143) or KeyboardInterrupt. (With several
+    workers they agree at the next point logged.) Raises TrainingError where the loss is not finite; CheckpointError.
+    """
+    chief = world.rank == 0
+    objective.to(world.device).train()
+    batches = Batches(seed, len(data), loop.batch_size, world.rank, world.size)
+    state = State(objective, loop, {"seed": seed, "num_samples": len(data)})
+    home = CheckpointHome(folder)
+    if chief:
+        home.sweep()
+    resumed_at = None
+    if (newest := home.newest(hooks.say if chief else _nothing)) is not None:
+        state.unpack(*newest, where=folder)
+        resumed_at = state.images
+        if chief and resumed_at < loop.num_images:
+            hooks.say(f"going on from the checkpoint at {resumed_at:,} images")
+    replica = _replicate(_Losses(objective), world)
+    autocast = torch.autocast(torch.device(world.device).type, torch.bfloat16, enabled=loop.precision == "bf16")
+    watch = _Watch(world, batches, data)
+    clock = _Clock(state.images)
+
+    with _StopRequest() as stop:
+        while True:
+            # Periodic work. At the very image count of a checkpoint it was all done before that was written.
+            done = state.images >= loop.num_images
+            stopping = stop.requested and world.size == 1
+            if state.images != resumed_at:
+                if state.summed_steps and (done or _due(loop.log_every_images, state)):
+                    watch.check()
+                    stopping = _any_rank(stop.requested, world)
+                    point = _mean_over_ranks(state, world)
+                    point["train/learning_rate"] = learning_rate(state.images, loop)
+                    state.history.append({"images": state.images, **point})
+                    state.sums, state.summed_steps = {}, 0
+                    if chief:
+                        shown = {**point, "train/images_per_s": clock.rate(state.images)}
+                        if tracker is not None:
+                            tracker.log(shown, state.images)
+                        hooks.on_log(shown, state.images)
+                if chief and loop.sample_every_images and (done or _due(loop.sample_every_images, state)):
+                    with clock.paused(), state.ema.applied():
+                        objective.eval()
+                        hooks.on_sample(state.images)
+                        objective.train()
+                if state.images and (done or stopping or _due(loop.checkpoint_every_images, state)):
+                    watch.check()
+                    if state.summed_steps:
+                        _share_sums(state, world)
+                    if chief:
+                        with clock.paused():
+                            home.save(state.images, *state.pack())
+
+            # Stop test.
+            if done:
+                break
+            if stopping:
+                stop.leave(hooks.say if chief else _nothing, state.images)
+
+            # Step.
+            epochs, indices = batches.own(state.step)
+            rng = SampleRng(seed, epochs, indices)
+            batch = {name: torch.from_numpy(array).to(world.device) for name, array in data.batch(indices).items()}
+            with autocast:
+                loss, outputs = replica(batch, rng)
+            loss.backward()
+            norm = clip_gradients(state.parameters.values(), loop.clip_norm)
+            watch.see(norm if world.size > 1 else norm + loss.detach(), state.images)
+            for group in state.optimizer.param_groups:
+                group["lr"] = learning_rate(state.images + loop.batch_size, loop)
+            state.optimizer.step()
+            state.optimizer.zero_grad(set_to_none=True)
+
+            # State.
+            state.add({**outputs, "gradient_norm": norm})
+            state.images += loop.batch_size
+            state.ema.update(state.step)
+            if chief:
+                hooks.progress(state.images)
+
+    return {"images": state.images, "history": state.history, "ema": state.ema.weights()}
+
+
+class _Losses(nn.Module):
+    """The objective as DDP wants it: only the loss carries gradients out, so a statistic cannot claim a parameter."""
+
+    def __init__(self, objective: nn.Module):
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, batch: dict[str, Tensor], rng: SampleRng) -> tuple[Tensor, dict[str, Tensor]]:
+        outputs = self.objective(batch, rng)
+        return outputs["loss"], {name: torch.as_tensor(value).detach() for name, value in outputs.items()}
+
+
+def _replicate(module: nn.Module, world: World) -> nn.Module:
+    if world.size == 1:
+        return module
+    import warnings
+
+    warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
+    return nn.parallel.DistributedDataParallel(
+        module, find_unused_parameters=True, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+
+
+def _due(every: int, state: State) -> bool:
+    """Whether the step that ended here reached or crossed a multiple of `every`; true at 0 images."""
+    return state.images == 0 or state.images // every > (state.images - state.loop.batch_size) // every
+
+
+def _mean_over_ranks(state: State, world: World) -> dict[str, float]:
+    """The interval's means, vectors spread over names: train/<name>, train/<name>/<i>, train/<name>/<i>.<j> ..."""
+    _share_sums(state, world)
+    point = {}
+    for name in sorted(state.sums):
+        mean = (state.sums[name].double() / state.summed_steps).cpu().numpy()
+        for place in np.ndindex(mean.shape):
+            suffix = "/" + ".".join(map(str, place)) if place else ""
+            point[f"train/{name}{suffix}"] = float(mean[place])
+    return point
+
+
+def _share_sums(state: State, world: World) -> None:
+    """Replace every rank's sums by their mean over ranks. One message; the device waits only here."""
+    if world.size == 1:
+        return
+    names = sorted(state.sums)
+    flat = torch.cat([state.sums[name].reshape(-1) for name in names])
+    torch.distributed.all_reduce(flat)
+    flat /= world.size
+    parts = flat.split([state.sums[name].numel() for name in names])
+    state.sums = {name: part.reshape(state.sums[name].shape).clone() for name, part in zip(names, parts, strict=True)}
+
+
+def _any_rank(flag: bool, world: World) -> bool:
+    if world.size == 1:
+        return flag
+    votes = torch.tensor([float(flag)], device=world.device)
+    torch.distributed.all_reduce(votes)
+    return bool(votes.item())
+
+
+class _Watch:
+    """Finds the first step whose loss or gradient is not finite.
+
+    On a CPU at once, before the weights are touched; elsewhere reading a number would stop the device at every step, so it
+    is found at the next point logged and always before a checkpoint. With several workers the gradient, shared by all,
+    tells all of them at the same step.
+    """
+
+    def __init__(self, world: World, batches: Batches, data: Data):
+        self.world, self.batches, self.data = world, batches, data
+        self.first = torch.tensor(-1, dtype=torch.int64, device=world.device)
+
+    def see(self, value: Tensor, images: int) -> None:
+        bad = ~torch.isfinite(value.float())
+        self.first = torch.where(bad & (self.first < 0), images, self.first)
+        if self.first.device.type == "cpu":
+            self.check()
+
+    def check(self) -> None:
+        images = int(self.first)
+        if images < 0:
+            return
+        _, indices = self.batches.everyone(images // self.batches.batch_size)
+        names = getattr(self.data, "keys", None)
+        keys = [names[index] if names is not None else f"#{index}" for index in indices]
+        shown = ", ".join(keys[:16]) + (f" and {len(keys) - 16} more" if len(keys) > 16 else "")
+        raise TrainingError(
+            f"the loss is not finite in the batch after {images:,} images (keys {shown}); the last checkpoint is whole: "
+            "lower loop.learning_rate, lengthen loop.warmup_images, set loop.clip_norm, or look at these samples"
+        )
+
+
+class _Clock:
+    """Images per second since the last question, without the time spent on pictures and checkpoints."""
+
+    def __init__(self, images: int):
+        self.images, self.since_s, self.paused_s = images, time.perf_counter(), 0.0
+
+    def rate(self, images: int) -> float:
+        now = time.perf_counter()
+        rate = (images - self.images) / max(1e-9, now - self.since_s - self.paused_s)
+        self.images, self.since_s, self.paused_s = images, now, 0.0
+        return rate
+
+    def paused(self) -> _Pause:
+        return _Pause(self)
+
+
+class _Pause:
+    def __init__(self, clock: _Clock):
+        self.clock = clock
+
+    def __enter__(self) -> None:
+        self.started_s = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.clock.paused_s += time.perf_counter() - self.started_s
+
+
+class _StopRequest:
+    """Inside, SIGTERM and Ctrl-C ask the loop to save and leave; a second one ends at once, as outside.
+
+    Signals reach only the main thread: elsewhere (a Ray worker) the one who started the thread has to care.
+    """
+
+    def __init__(self) -> None:
+        self.requested = 0
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _note(self, number: int, _: object) -> None:
+        self.requested = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def leave(self, say: Callable[[str], None], images: int) -> None:
+        say(f"stopped as asked; the checkpoint at {images:,} images is where the same command goes on")
+        if self.requested == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(143)

@@ -1,0 +1,74 @@
+"""AdamW whose groups are chosen by the type of module that owns a parameter, and the learning rate by images seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from raphael.config import LoopConfig
+
+# Weight decay is for matrices that mix features. Norms, biases and embeddings have none; nor has a bare parameter of any
+# other module, unless its class names it in `decayed`, a tuple of attribute names.
+DECAYED: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Linear: ("weight",),
+    nn.modules.conv._ConvNd: ("weight",),
+    nn.MultiheadAttention: ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
+}
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+    """Groups for an optimizer: those with weight decay, those without. Frozen parameters are in none.
+
+    A group that would be empty is left out. Asserts that the groups partition the trainable parameters.
+    """
+    decayed: dict[int, Tensor] = {}
+    for owner in module.modules():
+        names = getattr(type(owner), "decayed", None)
+        if names is None:
+            names = next((names for kind, names in DECAYED.items() if isinstance(owner, kind)), ())
+        for name in names:
+            parameter = getattr(owner, name)
+            if parameter is not None and parameter.requires_grad:
+                decayed[id(parameter)] = parameter
+    trainable = {id(parameter): parameter for parameter in module.parameters() if parameter.requires_grad}
+    if not trainable:
+        raise ValueError(f"{type(module).__name__}: got no parameter with requires_grad, expected something to train")
+    plain = {key: parameter for key, parameter in trainable.items() if key not in decayed}
+    # in the order of module.parameters(), so that every rank and every run has the same
+    ordered = [parameter for key, parameter in trainable.items() if key in decayed]
+    groups = [
+        {"params": ordered, "weight_decay": weight_decay},
+        {"params": list(plain.values()), "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    members = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(members) == len(set(members)) and set(members) == set(trainable), "groups do not partition the parameters"
+    return groups
+
+
+def make_optimizer(module: nn.Module, loop: LoopConfig) -> torch.optim.AdamW:
+    # fused: one pass over all parameters; on a CPU it is several times faster than the loop over tensors
+    groups = parameter_groups(module, loop.weight_decay)
+    return torch.optim.AdamW(groups, lr=loop.learning_rate, betas=tuple(loop.betas), fused=True)
+
+
+def learning_rate(images: int, loop: LoopConfig) -> float:
+    """The rate of the step that ends at `images` seen: linear warm-up, then constant, or a cosine down to 0 at the end."""
+    warm = min(1.0, images / loop.warmup_images) if loop.warmup_images else 1.0
+    if loop.schedule == "constant" or images <= loop.warmup_images:
+        return loop.learning_rate * warm
+    span = max(1, loop.num_images - loop.warmup_images)
+    progress = min(1.0, (images - loop.warmup_images) / span)
+    return loop.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def clip_gradients(parameters: Iterable[Tensor], clip_norm: float) -> Tensor:
+    """Scale gradients so that their norm over all parameters is at most clip_norm (0: leave them). Returns the norm, ()."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if clip_norm:
+        torch._foreach_mul_(gradients, (clip_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm

@@ -1,0 +1,100 @@
+"""Everything a training is at the boundary between two steps: what a checkpoint must hold so that going on from it is the
+same, bit for bit, as never having stopped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raphael.checkpoint import CheckpointError
+from raphael.config import LoopConfig
+from raphael.strict import to_dict
+from raphael.train.ema import Ema
+from raphael.train.optim import make_optimizer
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+class State:
+    """Weights, optimizer, average, images seen, the sums of the current log interval, and the points logged so far."""
+
+    def __init__(self, objective: nn.Module, loop: LoopConfig, facts: dict[str, Any]):
+        self.loop = loop
+        self.facts = {"loop": to_dict(loop), **facts}
+        self.parameters = {name: value for name, value in objective.named_parameters() if value.requires_grad}
+        owned = {name for name, _ in objective.named_parameters()}
+        self.buffers = {name: value for name, value in objective.state_dict(keep_vars=True).items() if name not in owned}
+        self.optimizer = make_optimizer(objective, loop)
+        self.ema = Ema(self.parameters, loop.ema_decay)
+        self.images = 0
+        self.sums: dict[str, Tensor] = {}
+        self.summed_steps = 0
+        self.history: list[dict[str, float]] = []
+
+    @property
+    def step(self) -> int:
+        """Steps taken = number of the next one."""
+        return self.images // self.loop.batch_size
+
+    def add(self, outputs: dict[str, Tensor]) -> None:
+        """Take the step's losses and statistics into the sums of this log interval. Stays on the device."""
+        for name, value in outputs.items():
+            value = torch.as_tensor(value).detach().float()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+        self.summed_steps += 1
+
+    def pack(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """(groups, meta) for raphael.checkpoint."""
+        optimizer = {
+            f"{name}.{moment}": self.optimizer.state[parameter][moment]
+            for name, parameter in self.parameters.items()
+            if parameter in self.optimizer.state  # a parameter that never had a gradient has no moments
+            for moment in MOMENTS
+        }
+        groups = {
+            "model": {**self.parameters, **self.buffers},
+            "optimizer": optimizer,
+            "ema": dict(self.ema.average),
+            "sums": dict(self.sums),
+        }
+        meta = {
+            "images_seen": self.images, "summed_steps": self.summed_steps, "history": self.history, "facts": self.facts
+        }
+        return groups, meta
+
+    def unpack(self, groups: dict[str, dict[str, Tensor]], meta: dict[str, Any], where: object) -> None:
+        """Become what was packed. Raises CheckpointError where it belongs to another training."""
+        for name, expected in self.facts.items():
+            if (got := meta["facts"].get(name)) != expected:
+                raise CheckpointError(
+                    f"{where}: made with {name} {got}, this training has {expected}; delete that folder to start over, "
+                    "or restore the settings to go on"
+                )
+        for kind, own in (("model", {**self.parameters, **self.buffers}), ("ema", self.ema.average)):
+            _copy(own, groups[kind], f"{where}: {kind}")
+        self.optimizer.state.clear()
+        for name, parameter in self.parameters.items():
+            if f"{name}.step" in groups["optimizer"]:
+                moments = {moment: groups["optimizer"][f"{name}.{moment}"] for moment in MOMENTS}
+                self.optimizer.state[parameter] = {
+                    # fused AdamW keeps the count beside the parameter
+                    moment: tensor.to(parameter.device) for moment, tensor in moments.items()
+                }
+        device = next(iter(self.parameters.values())).device
+        self.sums = {name: tensor.to(device) for name, tensor in groups["sums"].items()}
+        self.images, self.summed_steps, self.history = meta["images_seen"], meta["summed_steps"], meta["history"]
+
+
+@torch.no_grad()
+def _copy(own: dict[str, Tensor], stored: dict[str, Tensor], where: str) -> None:
+    if own.keys() != stored.keys():
+        name = sorted(own.keys() ^ stored.keys())[0]
+        raise CheckpointError(f"{where}: {name} is only in {'the checkpoint' if name in stored else 'this model'}; other preset?")
+    for name, tensor in own.items():
+        if tensor.shape != stored[name].shape:
+            raise CheckpointError(
+                f"{where}: {name}: got shape {list(stored[name].shape)}, expected {list(tensor.shape)}; other preset?"
+            )
+        tensor.copy_(stored[name])

@@ -1,0 +1,105 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from truth.toy_training import LOOP
+
+from raphael.train.ema import Ema
+from raphael.train.optim import clip_gradients, learning_rate, make_optimizer, parameter_groups
+
+
+class Odd(nn.Module):
+    decayed = ("w1",)
+
+    def __init__(self):
+        super().__init__()
+        self.w1 = nn.Parameter(torch.zeros(2, 3, 4))
+        self.scale = nn.Parameter(torch.zeros(4))
+
+
+def names(module, groups):
+    by_id = {id(parameter): name for name, parameter in module.named_parameters()}
+    return [{by_id[id(parameter)] for parameter in group["params"]} for group in groups]
+
+
+def test_only_mixing_matrices_are_decayed():
+    module = nn.ModuleDict({
+        "linear": nn.Linear(2, 2), "conv": nn.Conv2d(2, 2, 1), "up": nn.ConvTranspose2d(2, 2, 1), "norm": nn.GroupNorm(1, 2),
+        "embedding": nn.Embedding(3, 2), "attention": nn.MultiheadAttention(2, 1), "odd": Odd(),
+        "frozen": nn.Linear(2, 2).requires_grad_(False),
+    })  # fmt: skip
+    decayed, plain = names(module, parameter_groups(module, 0.1))
+    assert decayed == {
+        "linear.weight", "conv.weight", "up.weight", "attention.in_proj_weight", "attention.out_proj.weight", "odd.w1"
+    }
+    assert "embedding.weight" in plain and "norm.weight" in plain and "odd.scale" in plain and "linear.bias" in plain
+    assert not any(name.startswith("frozen") for name in decayed | plain)
+
+
+def test_a_group_without_parameters_is_left_out():
+    assert len(parameter_groups(nn.Linear(2, 2, bias=False), 0.1)) == 1
+    assert len(parameter_groups(nn.LayerNorm(2), 0.1)) == 1
+    with pytest.raises(ValueError, match="expected something to train"):
+        parameter_groups(nn.Linear(2, 2).requires_grad_(False), 0.1)
+
+
+def test_tied_weights_are_in_one_group_once():
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    module[1].weight = module[0].weight
+    assert sum(len(group["params"]) for group in parameter_groups(module, 0.1)) == 3
+
+
+def test_the_rate_warms_up_and_ends_at_zero():
+    loop = replace(LOOP, learning_rate=1.0, warmup_images=100, num_images=1100)
+    assert learning_rate(50, loop) == pytest.approx(0.5)
+    assert learning_rate(100, loop) == pytest.approx(1.0)
+    assert learning_rate(600, loop) == pytest.approx(0.5)
+    assert learning_rate(1100, loop) == pytest.approx(0.0) == learning_rate(1200, loop)
+    constant = replace(loop, schedule="constant")
+    assert learning_rate(1, constant) == pytest.approx(0.01) and learning_rate(900, constant) == 1.0
+    assert learning_rate(8, replace(constant, warmup_images=0)) == 1.0
+
+
+def test_clipping_is_torchs_own():
+    a, b = (nn.Linear(3, 3) for _ in range(2))
+    b.load_state_dict(a.state_dict())
+    for module in (a, b):
+        (module(torch.arange(6.0).view(2, 3)) ** 2).sum().backward()
+    norm = clip_gradients(a.parameters(), 0.5)
+    assert norm == pytest.approx(torch.nn.utils.clip_grad_norm_(b.parameters(), 0.5))
+    for x, y in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(x.grad, y.grad)
+    before = a.weight.grad.clone()
+    clip_gradients(a.parameters(), 0.0)
+    assert torch.equal(a.weight.grad, before)
+
+
+def test_the_update_is_the_textbooks_adamw():
+    layer = nn.Linear(3, 2, bias=False).double()
+    loop = replace(LOOP, weight_decay=0.1, learning_rate=0.01)
+    optimizer = make_optimizer(layer, loop)
+    weight, m, v = layer.weight.detach().clone(), 0.0, 0.0
+    for t in range(1, 6):
+        layer.weight.grad = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(t))
+        g = layer.weight.grad.clone()
+        optimizer.step()
+        m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g**2
+        weight = weight * (1 - 0.01 * 0.1) - 0.01 * (m / (1 - 0.9**t)) / ((v / (1 - 0.99**t)).sqrt() + 1e-8)
+    torch.testing.assert_close(layer.weight.detach(), weight, rtol=1e-9, atol=1e-12)
+
+
+def test_the_average_follows_its_formula():
+    weight = nn.Parameter(torch.zeros(3))
+    ema, truth = Ema({"w": weight}, 0.7), torch.zeros(3)
+    for count in range(1, 30):
+        with torch.no_grad():
+            weight += count
+        ema.update(count)
+        decay = min(0.7, (1 + count) / (10 + count))
+        truth = decay * truth + (1 - decay) * weight.detach()
+    torch.testing.assert_close(ema.weights()["w"], truth)
+    own = weight.detach().clone()
+    with ema.applied():
+        assert torch.equal(weight, ema.average["w"])
+    assert torch.equal(weight, own)
