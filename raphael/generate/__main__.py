@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raphael.checkpoint import checkpoint_sha256
 from raphael.config import Config
-from raphael.stage import Stage, StageError, file_sha256, main, read_json, write_json
+from raphael.stage import Stage, StageError, main, read_json, write_json
 from raphael.strict import to_dict
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def run(config: Config, stage: Stage) -> None:
     blocks = [jobs[start : start + size] for start in range(0, len(jobs), size)]
     unfinished = [block for block in blocks if not all((folder / job["file"]).is_file() for job in block)]
     done = len(jobs) - sum(map(len, unfinished))
-    identity = file_sha256(MODEL / "manifest.json")[:16]
+    identity = checkpoint_sha256(MODEL)[:16]
     if unfinished:
         from raphael.generate.pipeline import RaphaelPipeline
 

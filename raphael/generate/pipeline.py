@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from raphael.checkpoint import read_checkpoint
+from raphael.checkpoint import checkpoint_sha256, load_weights, read_checkpoint
 from raphael.config import DiffusionConfig, UNetConfig
 from raphael.diffusion.denoiser import TextCondition
 from raphael.diffusion.schedule import Schedule
@@ -17,7 +17,7 @@ from raphael.encoders.autoencoder import load_autoencoder
 from raphael.encoders.text import load_text_encoder
 from raphael.net.unet import UNet
 from raphael.sampling import Parts, PictureSeed, Sampling, decode_pictures, draw_latents
-from raphael.stage import StageError, file_sha256
+from raphael.stage import StageError
 from raphael.strict import load
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class RaphaelPipeline:
             raise StageError(f"{path}: no such folder; expected a trained pipeline (run the stage train, or dvc pull)")
         groups, meta = read_checkpoint(folder, [weights])
         unet = UNet(load(UNetConfig, meta["unet"], str(folder / "meta.json"), "unet"))
-        _load_weights(unet, groups[weights], folder)
+        load_weights(unet, groups[weights], folder)
         pipeline = cls(
             unet,
             load(DiffusionConfig, meta["diffusion"], str(folder / "meta.json"), "diffusion"),
@@ -69,7 +69,7 @@ class RaphaelPipeline:
             load_text_encoder(folder / "text_encoder"),
             meta,
         )
-        pipeline.identity = checkpoint_identity(folder)
+        pipeline.identity = checkpoint_sha256(folder)[:16]
         return pipeline
 
     def to(self, device: torch.device | str) -> RaphaelPipeline:
@@ -150,23 +150,6 @@ def picture_seeds(seed: int, generator: Any, count: int) -> list[PictureSeed]:
         return [(item.initial_seed(), 0) for item in generator]
     start = seed if generator is None else generator.initial_seed()
     return [(start, index) for index in range(count)]
-
-
-def checkpoint_identity(folder: Path) -> str:
-    """A short name of exactly these weights: the hash of the checkpoint's manifest, which holds the hash of every file."""
-    return file_sha256(folder / "manifest.json")[:16]
-
-
-def _load_weights(unet: UNet, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
-    got = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    for name in sorted(set(expected) | set(got)):
-        if expected.get(name) != got.get(name):
-            raise StageError(
-                f"{folder}: {name}: got {got.get(name, 'no such weight')}, expected {expected.get(name, 'no such weight')}; "
-                "the weights and meta.json are of different models"
-            )
-    unet.load_state_dict(weights)
 
 
 def _as(output_type: str, pictures: np.ndarray) -> list[Image.Image] | np.ndarray:

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from raphael.evaluate.frechet import Features, frechet_distance
 
 

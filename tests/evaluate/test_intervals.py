@@ -1,6 +1,7 @@
 import math
 
 import pytest
+
 from raphael.evaluate.intervals import share, wilson
 
 
