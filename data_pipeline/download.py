@@ -34,6 +34,7 @@ SHARDS = Path("data/shards")
 
 STARTS = 4  # of the downloader, before the stage gives up
 LOOK_S = 0.2
+STARTING_S = 300.0  # for the imports of three processes, on a machine that has other things to do
 EARLY_ROWS = 1000  # after so many rows a hopeless list or network is given up
 _NO_EFFECT = ("processes", "threads", "stall_s", "min_success_share")  # settings that do not change the result
 
@@ -199,8 +200,9 @@ class _Job:
                         seen, moved_s = answered, time.monotonic()
                         done = min(shown + answered - before, self.total)
                         bar.update(max(done - bar.bar.n, 0))
-                    if time.monotonic() - moved_s > self.config.stall_s:
-                        print(f"download: no row moved for {self.config.stall_s:g} s: starting again", file=sys.stderr)
+                    patience_s = self.config.stall_s if seen > before else max(self.config.stall_s, STARTING_S)
+                    if time.monotonic() - moved_s > patience_s:
+                        print(f"download: no row moved for {patience_s:g} s: starting again", file=sys.stderr)
                         return
             finally:
                 end_tree(child)

@@ -8,6 +8,7 @@ exclusive and add up.
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,7 +64,7 @@ def run(config: Config, stage: Stage) -> None:
     if not kept:
         raise StageError(f"no row of {stream.total:,} is left ({stream.dropped}); loosen select in {config.file}")
     stage.publish(work / "links.parquet", LINKS)
-    (work / "candidates").unlink()
+    shutil.rmtree(work)
     score_ranges = {score: [stream.low[score], stream.high[score]] for score in SCORES if score in stream.low}
     stage.report(
         stream.total,
