@@ -16,9 +16,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data_pipeline.scenes import CELLS, COLOURS, SUPERSAMPLING, Scene, Thing
 
-STROKE = 0.125  # width of an outline / extent of the object
-RING_HOLE = 0.50  # inner / outer radius
-INK_WIDTH = 0.040  # of the side
+STROKE = 0.11  # width of an outline / extent of the object
+RING_HOLE = 0.42  # inner / outer radius
+INK_WIDTH = 0.036  # of the side
 WORD_HEIGHT, WORD_CENTRE = 0.25, 0.80  # shares of the side
 TILE_JITTER = 9.0  # standard brightness step of the pixel style's tiles, 0..255
 CELL_SAMPLES = 8
@@ -32,7 +32,7 @@ def draw(scene: Scene) -> Image.Image:
     if scene.style == "pixel":
         return _draw_tiles(scene, rng)
     side = scene.side_px * SUPERSAMPLING
-    canvas = Image.fromarray(_background(scene, side, rng))
+    canvas = _background(scene, side, rng)
     for thing in scene.things:
         if scene.style == "ink":
             _ink(canvas, scene, thing, rng)
@@ -46,38 +46,73 @@ def draw(scene: Scene) -> Image.Image:
 
 
 def _draw_tiles(scene: Scene, rng: random.Random) -> Image.Image:
-    """Each cell is the object that covers most of it; words get cells of half the size to stay legible."""
-    cells = _background(scene, CELLS, rng).astype(np.float32)
-    fine = CELLS * CELL_SAMPLES
+    """Objects are sprites on the grid of cells; words get cells of half the size to stay legible."""
+    cells = np.asarray(_background(scene, CELLS, rng)).astype(np.float32)
     for thing in scene.things:
-        layer = Image.new("L", (fine, fine))
-        _paint_loops(layer, [_placed(loop, thing, fine) for loop in _loops(thing.shape)], 255, 0)
-        covered = np.asarray(layer.reduce(CELL_SAMPLES)) >= 128
+        covered = _sprite(thing.shape, _sprite_cells(scene, thing))
+        n = len(covered)
+        left, top = (min(max(round(centre * CELLS - n / 2), 1), CELLS - 1 - n) for centre in thing.centre)
         light, shade = _shades(thing.colour)
-        pattern = _pattern(thing.texture, CELLS, period=4)[:, :, None]
-        cells[covered] = np.where(pattern, np.float32(shade), np.float32(light))[covered]
+        pattern = _pattern(thing.texture, n, period=4)[:, :, None]
+        window = cells[top : top + n, left : left + n]
+        window[covered] = np.where(pattern, np.float32(shade), np.float32(light))[covered]
     jitter = np.array([rng.gauss(0, TILE_JITTER) for _ in range(CELLS * CELLS)], np.float32)
     cells = np.clip(cells + jitter.clip(-2 * TILE_JITTER, 2 * TILE_JITTER).reshape(CELLS, CELLS, 1), 0, 255)
     tiles = cells.round().astype(np.uint8).repeat(2, 0).repeat(2, 1)
     if scene.word:
-        word = np.asarray(_word_mask(scene.word, 2 * fine).reduce(CELL_SAMPLES)) >= 112
+        word = np.asarray(_word_mask(scene.word, 2 * CELLS * CELL_SAMPLES).reduce(CELL_SAMPLES)) >= 112
         tiles[word] = _word_colour(scene.background)
     return Image.fromarray(tiles).resize((scene.side_px, scene.side_px), Image.Resampling.NEAREST)
 
 
-def _background(scene: Scene, side: int, rng: random.Random) -> np.ndarray:
-    """(side, side, 3) uint8: one colour, or shades of it along a direction or from the middle."""
-    base = np.float32(COLOURS[scene.background])
+def _sprite_cells(scene: Scene, thing: Thing) -> int:
+    """Two sprites in a row need a gap: six cells each. Alone, an odd number gives tips of one cell."""
+    if len(scene.things) > 1:
+        return 6
+    return max(7, 2 * round((thing.extent * CELLS - 1) / 2) + 1)
+
+
+STARS = {
+    6: ("..##..", "..##..", "######", ".####.", ".####.", "##..##"),
+    7: ("...#...", "...#...", "#######", ".#####.", "..###..", ".##.##.", ".#...#."),
+    9: ("....#....", "....#....", "...###...", "#########", ".#######.", "..#####..", "..#####..", ".###.###.", ".#.....#."),
+}
+
+
+@functools.cache
+def _sprite(shape: str, n: int) -> np.ndarray:
+    """(n, n) bool: the cells that the shape covers by half; stars, which that would ruin, are set by hand."""
+    if shape == "star" and n in STARS:
+        return np.array([[cell == "#" for cell in row] for row in STARS[n]])
+    samples = 4 * CELL_SAMPLES
+    layer = Image.new("L", (n * samples,) * 2)
+    half = n * samples / 2
+    across, down = {"square": (1.1, 1.1), "triangle": (1.0, 1.1), "diamond": (1.3, 1.08)}.get(shape, (1.0, 1.0))
+    loops = [[((1 + x * across) * half - 0.5, (1 + y * down) * half - 0.5) for x, y in loop] for loop in _loops(shape)]
+    _paint_loops(layer, loops, 255, 0)
+    covered = np.asarray(layer.reduce(samples)).astype(np.float32)
+    return (covered + covered[:, ::-1]) / 2 >= 124
+
+
+def _background(scene: Scene, side: int, rng: random.Random) -> Image.Image:
+    """RGB: one colour, or shades of it along a direction or from the middle."""
+    colour = COLOURS[scene.background]
     direction = rng.choice(("down", "up", "right", "left", "diagonal", "middle"))
     if scene.background_kind == "plain":
-        return np.broadcast_to(base.astype(np.uint8), (side, side, 3)).copy()
+        return Image.new("RGB", (side, side), colour)
+    base = np.float32(colour)
+    light, dark = base + 0.22 * (255 - base), base * (0.74 if sum(colour) > 60 else 1.0)
+    fine = scene.side_px if side > scene.side_px else side
+    shades = light + (dark - light) * _share(direction, fine)[:, :, None]
+    return Image.fromarray(shades.round().astype(np.uint8)).resize((side, side), Image.Resampling.NEAREST)
+
+
+@functools.lru_cache(maxsize=64)
+def _share(direction: str, side: int) -> np.ndarray:
+    """(side, side) in 0..1: how far along the gradient a pixel lies."""
     y, x = np.mgrid[0:side, 0:side].astype(np.float32) / max(side - 1, 1)
-    share = {
-        "down": y, "up": 1 - y, "right": x, "left": 1 - x, "diagonal": (x + y) / 2,
-        "middle": np.minimum(np.hypot(x - 0.5, y - 0.5) * 1.4, 1),
-    }[direction][:, :, None]  # fmt: skip
-    light, dark = (base + 0.22 * (255 - base), base * 0.74) if sum(base) > 60 else (base + 0.22 * (255 - base), base)
-    return (light + (dark - light) * share).round().astype(np.uint8)
+    middle = np.minimum(np.hypot(x - 0.5, y - 0.5) * 1.4, 1)
+    return {"down": y, "up": 1 - y, "right": x, "left": 1 - x, "diagonal": (x + y) / 2, "middle": middle}[direction]
 
 
 @functools.cache
@@ -146,19 +181,20 @@ def _ink(canvas: Image.Image, scene: Scene, thing: Thing, rng: random.Random) ->
     side = canvas.size[0]
     taken = (thing.colour, scene.background)
     line = next(ink for name, ink in (("black", (16, 14, 18)), ("white", (248, 248, 250)), ("grey", (128, 128, 128))) if name not in taken)
-    loops = [_wobbly(_placed(loop, thing, side, INK_WIDTH / 2), 0.006 * side, rng) for loop in _loops(thing.shape)]
+    loops = [_wobbly(_placed(loop, thing, side, INK_WIDTH / 2), 0.004 * side, rng) for loop in _loops(thing.shape)]
     _fill(canvas, thing, loops)
     for loop in loops:
         _stroke(canvas, loop, line, INK_WIDTH)
 
 
 def _stroke(canvas: Image.Image, loop: list[Point], ink: Colour, width: float) -> None:
-    """A closed line with round joints; width is a share of the side."""
+    """A closed line with round corners; width is a share of the side."""
     pen, width_px = ImageDraw.Draw(canvas), max(1, round(width * canvas.size[0]))
-    pen.line([*loop, loop[0]], fill=ink, width=width_px, joint="curve")
-    if len(loop) <= 12:  # "curve" leaves the seam of the first and the last point open
-        for x, y in loop:
-            r = width_px / 2
+    pen.line([*loop, loop[0]], fill=ink, width=width_px)
+    r = width_px / 2
+    for (x0, y0), (x, y), (x1, y1) in zip([loop[-1], *loop[:-1]], loop, [*loop[1:], loop[0]], strict=True):
+        turn = math.atan2(y - y0, x - x0) - math.atan2(y1 - y, x1 - x)
+        if abs((turn + math.pi) % (2 * math.pi) - math.pi) > 0.12:
             pen.ellipse((x - r, y - r, x + r, y + r), fill=ink)
 
 

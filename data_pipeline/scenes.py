@@ -4,7 +4,7 @@ A scene is a function of (seed, row) and nothing else: `scene_of_row` decides wh
 says it in words, `draw` paints it. A fixed share of the (shape, colour, background colour) combinations is held out: no
 training scene has an object of such a combination, every held-out prompt has nothing else.
 
-Layout, in shares of the side: one object of 0.36-0.60; two side by side of 0.38-0.44; three in quadrants of 0.38-0.42.
+Layout, in shares of the side: one object of 0.36-0.60; two side by side of 0.37-0.42; three in quadrants of 0.36-0.41.
 Nothing is smaller, so that every attribute is legible at 64 x 64 px (raphael/evaluate/scene_reader.py reads them back).
 """
 
@@ -160,21 +160,21 @@ def _places(rng, layout: str, relation: str | None, count: int | None):
     if layout == "text":
         return [(0.5 + rng.uniform(-0.12, 0.12), 0.34 + rng.uniform(-0.02, 0.02), rng.uniform(0.42, 0.50))], [None]
     if count == 3 or layout == "three":
-        corners = [(0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73)]
+        corners = [(0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)]
         chosen = rng.sample(corners, 3)
         places = [
-            (x + rng.uniform(-0.02, 0.02), y + rng.uniform(-0.02, 0.02), rng.uniform(0.38, 0.42)) for x, y in chosen
+            (x + rng.uniform(-0.015, 0.015), y + rng.uniform(-0.015, 0.015), rng.uniform(0.36, 0.41)) for x, y in chosen
         ]
         return places, [None] * 3
     if relation is None:
         relation = rng.choice(RELATIONS)
-    first, second = (0.265, 0.735) if relation in ("left of", "above") else (0.735, 0.265)
+    first, second = (0.255, 0.745) if relation in ("left of", "above") else (0.745, 0.255)
     places = []
     for along in (first, second):
         across = 0.5 + rng.uniform(-0.08, 0.08)
-        along += rng.uniform(-0.015, 0.015)
+        along += rng.uniform(-0.012, 0.012)
         x, y = (along, across) if relation in ("left of", "right of") else (across, along)
-        places.append((x, y, rng.uniform(0.38, 0.44)))
+        places.append((x, y, rng.uniform(0.37, 0.42)))
     return places, [None] * 2
 
 
