@@ -1,0 +1,109 @@
+"""`make demo`: the flow raphael/full in this process, with a Prefect server of its own that ends with it.
+
+The scenes run in the project's own folder. Photographs run in work/spaces/coco, a workspace, so that the project's
+settings, lock and outputs stay as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sqlite3
+from pathlib import Path
+
+from flows.environment import prepare
+from flows.workspace import PROJECT, fingerprint, make_workspace
+from raphael.stage import StageError, one_clear_line
+from raphael.strict import ConfigError
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="demo", description=__doc__)
+    parser.add_argument("--source", default="scenes", choices=["scenes", "coco"], help="what to train on")
+    parser.add_argument("--coco-dir", default="", help="for --source coco: folder of captions_*.json and pictures")
+    parser.add_argument("--workspace", type=Path, help="run in this workspace as it is")
+    arguments = parser.parse_args(argv)
+    with one_clear_line("demo") as outcome:
+        root = arguments.workspace or choose_workspace(arguments.source, arguments.coco_dir)
+        os.chdir(root)
+        run_full(Path.cwd())
+        print(where_to_look(Path.cwd()), flush=True)
+    return outcome.status
+
+
+def choose_workspace(source: str, coco_dir: str) -> Path:
+    """The project's folder for scenes; for COCO a workspace whose settings name the photographs."""
+    if source == "scenes":
+        if coco_dir:
+            raise ConfigError(f"got COCO_DIR={coco_dir} without SOURCE=coco; say make demo SOURCE=coco COCO_DIR=...")
+        return PROJECT
+    if not coco_dir:
+        raise ConfigError("got no COCO_DIR; say make demo SOURCE=coco COCO_DIR=folder of captions_*.json and pictures")
+    photographs = Path(coco_dir).resolve()
+    changes = {"source.path": str(photographs), "source.fingerprint": fingerprint(photographs)}
+    return make_workspace(PROJECT / "work" / "spaces" / "coco", [PROJECT / "params.coco.yaml"], changes)
+
+
+def run_full(root: Path) -> None:
+    """The flow, on a temporary Prefect server: the one that prefect.toml names need not run."""
+    prepare(root)
+    os.environ.setdefault("PREFECT_API_URL", "")  # set and empty: neither prefect.toml nor a profile is asked
+    check_environment()
+    from flows.full import full
+
+    full()
+
+
+def check_environment() -> None:
+    """Raise StageError for what is known to break Prefect's server."""
+    from importlib import metadata
+
+    try:
+        version = metadata.version("dataclasses")
+    except metadata.PackageNotFoundError:
+        return
+    raise StageError(
+        f"the package dataclasses {version} (a backport for Python 3.6) is installed and breaks Prefect's server;"
+        " remove it: python -m pip uninstall --yes dataclasses"
+    )
+
+
+def where_to_look(root: Path) -> str:
+    """The last words of a demo: the report, the newest sample grid, the MLflow run, and how to open the pages."""
+    grids = sorted((root / "models" / "raphael" / "samples").glob("*.png"))
+    lines = [
+        "",
+        f"report       {root / 'reports' / 'index.html'}",
+        f"sample grid  {grids[-1] if grids else 'none was drawn (train.loop.sample_every_images)'}",
+        f"MLflow run   {mlflow_run(root)}",
+    ]
+    if root == PROJECT:
+        lines += ["", "make up      opens the pages: MLflow on http://127.0.0.1:5000, Prefect on http://127.0.0.1:4200"]
+    else:
+        lines += ["", f"cd {root} && mlflow ui --backend-store-uri sqlite:///mlflow.db    opens the MLflow page"]
+    return "\n".join(lines)
+
+
+def mlflow_run(root: Path) -> str:
+    """Experiment, name and id of the newest run in the workspace's store."""
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        return f"in {uri}"
+    store = root / "mlflow.db"
+    if not store.is_file():
+        return "none (no mlflow.db here)"
+    query = (
+        "select experiments.name, runs.name, runs.run_uuid from runs join experiments"
+        " on runs.experiment_id = experiments.experiment_id order by runs.start_time desc limit 1"
+    )
+    connection = sqlite3.connect(f"{store.as_uri()}?mode=ro", uri=True)
+    try:
+        row = connection.execute(query).fetchone()
+    except sqlite3.Error as error:
+        return f"in {store} ({error})"
+    finally:
+        connection.close()
+    return f"{row[1]} ({row[2]}) in the experiment {row[0]}" if row else f"none yet in {store}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

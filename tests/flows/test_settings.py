@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from flows import settings
+from raphael.config import load_config
+from raphael.strict import ConfigError
+
+
+@pytest.fixture
+def params(tmp_path: Path, project: Path) -> Path:
+    return Path(shutil.copy(project / "params.yaml", tmp_path / "params.yaml"))
+
+
+def test_an_override_changes_its_line_and_keeps_all_others(params: Path) -> None:
+    before = params.read_text().splitlines()
+    settings.apply(params, {"generate.seed": 7, "train.loop.learning_rate": 0.002})
+    after = params.read_text().splitlines()
+    changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
+    assert len(changed) == 2
+    config = load_config(params)
+    assert config.generate.seed == 7 and config.train.loop.learning_rate == 0.002
+
+
+def test_no_override_writes_nothing(params: Path) -> None:
+    stamp = params.stat().st_mtime_ns
+    settings.apply(params, {})
+    settings.apply(params, {"generate.seed": load_config(params).generate.seed})
+    assert params.stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("generate.sed", 1, "did you mean seed"),
+        ("generate.steps", 0, "generate.steps: got 0"),
+        ("generate", 3, "expected a setting in it"),
+        ("generate.seed.x", 3, "unknown key generate.seed.x"),
+    ],
+)
+def test_a_wrong_override_is_named_and_the_file_left_alone(params: Path, key: str, value: object, said: str) -> None:
+    before = params.read_text()
+    with pytest.raises(ConfigError, match=said) as caught:
+        settings.apply(params, {key: value})
+    assert "\n" not in str(caught.value) and str(params.parent) not in str(caught.value)
+    assert params.read_text() == before
+    assert [file.name for file in params.parent.iterdir()] == ["params.yaml"]
+
+
+@pytest.mark.parametrize("name", ["params.debug.yaml", "params.coco.yaml"])
+def test_overlays_load_and_hold_only_keys_that_differ(project: Path, params: Path, name: str) -> None:
+    overlay = settings.flat(project / name)
+    before = params.read_text()
+    settings.write(params, settings.merged(params, overlay))
+    params.write_text(before)
+    same = [
+        key for key, value in overlay.items() if settings.merged(params, {key: value}) == settings.merged(params, {})
+    ]
+    assert not same, f"{name} repeats what params.yaml says: {same}"
+
+
+def test_assignments_are_read_as_yaml() -> None:
+    assert settings.parse(["a.b=1", "c=[x, y]", "d=text", "e="]) == {"a.b": 1, "c": ["x", "y"], "d": "text", "e": ""}
+    with pytest.raises(ConfigError, match="expected KEY=VALUE"):
+        settings.parse(["a.b"])
