@@ -16,7 +16,8 @@ from dataclasses import dataclass
 MAX_PASSES = 8
 
 # Words that only lead to an address, and hang in the air without it.
-_LEAD = r"(?:\b(?:orders?|contact|e-?mail(?: us)?|mail(?: to)?|visit|see|via|from|at|on|by|source|credit)\b[ \t]*:?[ \t]*)?"
+_LEADING = r"orders?|contact|e-?mail(?: us)?|mail(?: to)?|visit|see|via|from|at|on|by|source|credit"
+_LEAD = rf"(?:\b(?:{_LEADING})\b[ \t]*:?[ \t]*)?"
 _PICTURE_FILE = r"jpe?g|png|gif|webp|bmp|tiff?|svg|psd|eps|heic|cr2|nef|pdf"
 _DOMAIN_END = r"com|net|org|info|biz|edu|gov|shop|blog|co\.uk|com\.au|de|nl|fr|ru"
 _BARE_DOMAIN = rf"(?:[a-z0-9-]+\.)*[a-z0-9-]{{2,}}\.(?:{_DOMAIN_END})(?![\w.-]*\w)"
@@ -50,6 +51,14 @@ def _fix_encoding(text: str) -> str:
     return fixed if len(fixed) <= len(text) else text
 
 
+def _csv_quotes(text: str) -> str:
+    """A cell of a CSV file that was never read as one: "a ""word"" so"."""
+    inside = text[1:-1]
+    if len(text) > 1 and text[0] == text[-1] == '"' and '""' in inside and '"' not in inside.replace('""', ""):
+        return inside.replace('""', '"')
+    return text
+
+
 def _trim(text: str) -> str:
     text = text.strip(" \t,;:|/\\_~*=+•·–—-")
     if len(text) > 1 and text[0] == text[-1] == '"' and '"' not in text[1:-1]:
@@ -61,6 +70,7 @@ _SPACES = re.compile(r"\s+")
 
 # name, what it does. The order matters: entities hide tags, tags hide addresses.
 RULES: tuple[tuple[str, Callable[[str], str]], ...] = (
+    ("doubled quote", _csv_quotes),
     ("entity", _unescape),
     ("control character", _sub(rf"[{_CONTROL}]+", " ")),
     ("encoding", _fix_encoding),
@@ -68,6 +78,7 @@ RULES: tuple[tuple[str, Callable[[str], str]], ...] = (
     ("e-mail", _sub(_LEAD + r"(?:mailto:)?[\w.+%-]+@[\w-]+(?:\.[\w-]+)+", " ")),
     ("url", _sub(_LEAD + r"(?:(?:https?|ftp):/*|\bwww\.)[^\s<>\"')\]]*", " ")),
     ("url", _sub(r"https?(?: t co \w+)?", " ")),  # short links without their punctuation
+    ("file name", _sub(rf"(?<=\w )([a-z]{{2,}})\.(?:{_PICTURE_FILE})(?=$)", r"\1")),  # a title with an ending: keep it
     ("file name", _sub(rf"[^\s\"'()<>\[\],|]*\.(?:{_PICTURE_FILE})(?!\w)", " ")),
     ("url", _sub(rf"{_LEAD}(?<![\w.@]){_BARE_DOMAIN}(?:/[^\s<>\"')\]]*)?", " ")),
     ("camera code", _sub(r"\b(?:IMG|DSC[NF]?|DCIM|PICT|MVI|GOPR|PXL|SAM|CIMG)[_-]?\d{3,}(?:_\d+)*\b", " ")),
@@ -76,6 +87,7 @@ RULES: tuple[tuple[str, Callable[[str], str]], ...] = (
     ("angle bracket", _sub(r"[<>]+", " ")),
     ("doubled quote", _sub(r'"{2,}', '"')),
     ("empty brackets", _sub(r"\(\s*\)|\[\s*\]|\{\s*\}", " ")),
+    ("ellipsis", _sub(r"^\s*(?:\.{2,}|…)|\s*(?:\.{2,}|…)\s*$", " ")),
     ("repeated punctuation", _sub(r"([^\w\s])\1{2,}", r"\1")),
     ("space", lambda text: _SPACES.sub(" ", text)),
     ("ends", _trim),
@@ -84,7 +96,9 @@ _CHEAP = ("space", "ends")  # not worth a line in a report
 _FILE_RULES = {"file name", "camera code"}
 
 # Words, single spaces, the punctuation of prose: no rule finds anything here but what _HIDDEN knows.
-_PLAIN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9'%]|[,;:!?.]?(?: [-&] | )(?=[A-Za-z0-9])|[-/](?=[A-Za-z0-9])|[!?.](?=$))*")
+_PLAIN = re.compile(
+    r"[A-Za-z0-9](?:[A-Za-z0-9'%]|[,;:!?.]?(?: [-&] | )(?=[A-Za-z0-9])|[-/](?=[A-Za-z0-9])|[!?.](?=$))*"
+)
 _HIDDEN = re.compile(r"(?:IMG|DSC[NF]?|DCIM|PICT|MVI|GOPR|PXL|SAM|CIMG)[_-]?\d{3}|http", re.IGNORECASE)
 _WORD = re.compile(r"[^\W\d_]")
 

@@ -57,7 +57,7 @@ def run(config: Config, stage: Stage) -> None:
             kept += len(rows)
             bar.update(len(batch), kept=kept)
     if not kept:
-        raise StageError(f"no caption of {file.metadata.num_rows:,} is left ({dict(dropped)}); loosen captions in {config.file}")
+        raise StageError(f"no caption is left ({dict(dropped)}); loosen captions in {config.file}")
     stage.publish(work / "captions.parquet", CAPTIONS)
     shutil.rmtree(work)
     stage.report(
