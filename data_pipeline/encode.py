@@ -1,0 +1,189 @@
+"""Encode every kept picture once: the autoencoder's raw moments, the caption's token ids, the edge map.
+
+Writes data/records."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.pictures import CAPTIONS, SHARDS, fit, picture_size, read_captions, read_pictures, shard_inputs
+from raphael.config import Config, Preset
+from raphael.stage import Stage, StageError, file_sha256, main, write_json
+from raphael.strict import to_dict
+
+AUTOENCODER, TEXT_ENCODER, OUT = Path("models/autoencoder"), Path("models/clip"), Path("data/records")
+CHUNK_BATCHES = 16  # batches between two points from which a killed run goes on
+REFERENCES = "references.npy"  # uint8 (n,H,W,3): real pictures for the Frechet distance
+CAPTIONS_FILE = "captions.json"
+
+
+def run(config: Config, stage: Stage) -> None:
+    from raphael.encoders.autoencoder import load_autoencoder
+    from raphael.encoders.text import load_text_encoder
+
+    for folder, name in ((AUTOENCODER, "autoencoder"), (TEXT_ENCODER, "clip")):
+        if not folder.is_dir():
+            raise StageError(f"{folder}: no such folder; run the stage {name} first (dvc repro {name})")
+    rows = read_captions(CAPTIONS)
+    if not rows:
+        raise StageError(f"{CAPTIONS}: got no rows, expected at least one picture; look at reports/filter.json")
+    preset = config.model.load()
+    autoencoder, text = load_autoencoder(AUTOENCODER), load_text_encoder(TEXT_ENCODER)
+    _check_fit(config, preset, autoencoder, text)
+    # all that decides what a chunk holds; the number of references is decided at the end
+    settings = [to_dict(config.encode), list(picture_size(config)), preset.unet.attention_levels]
+    work = stage.workdir(*shard_inputs(stage), AUTOENCODER.resolve(), TEXT_ENCODER.resolve(), settings)
+    size = config.encode.batch_size * CHUNK_BATCHES
+    chosen = spread_rows(len(rows), config.evaluate.max_reference_images)
+    sides = edge_sides(config, preset, autoencoder.downsampling)
+    encode_batch = _batch_encoder(config, autoencoder, text, sides)
+    starts = range(0, len(rows), size)
+    with stage.progress(len(rows), "pictures") as bar:
+        for start in starts:
+            path = work / f"chunk_{start:09d}.npz"
+            count = min(size, len(rows) - start)
+            if not path.is_file():
+                _encode_chunk(config, path, start, count, encode_batch)
+            bar.update(count)
+    facts = _facts(config, autoencoder, text, sides, preset)
+    finished = _assemble(work, [work / f"chunk_{start:09d}.npz" for start in starts], rows, facts, chosen)
+    stage.publish(finished, OUT)
+    stage.report(len(rows), len(rows), **facts, references=len(chosen))
+
+
+def edge_sides(config: Config, preset: Preset, downsampling: int) -> tuple[int, int]:
+    """(h, w) of the largest attention map: the latent's side at the first level with attention."""
+    levels = preset.unet.attention_levels
+    if not levels:
+        raise StageError(f"{config.model.preset}: got no attention_levels, expected at least one to have edges for")
+    factor = downsampling * 2 ** min(levels)
+    return tuple(max(1, side // factor) for side in picture_size(config))
+
+
+def spread_rows(count: int, most: int) -> np.ndarray:
+    """At most `most` rows, evenly spread over 0 .. count - 1, each once."""
+    chosen = min(count, most)
+    return np.arange(chosen, dtype=np.int64) * count // max(1, chosen)
+
+
+def _check_fit(config: Config, preset: Preset, autoencoder: Any, text: Any) -> None:
+    """The parts must fit the network that will be trained on them: said now, not an hour later."""
+    pairs = (
+        ("latent_channels", autoencoder.latent_channels, preset.unet.latent_channels, "the autoencoder"),
+        ("context_dim", text.dim, preset.unet.context_dim, "the text encoder"),
+    )
+    for key, got, expected, part in pairs:
+        if got != expected:
+            raise StageError(
+                f"{part} gives {key} {got}, but the preset {config.model.preset} expects {expected}; "
+                f"set unet.{key} in the preset, or choose another (model.preset in {config.file})"
+            )
+    for side in picture_size(config):
+        if side % autoencoder.downsampling:
+            raise StageError(f"picture: got a side of {side} px, expected a multiple of {autoencoder.downsampling}")
+
+
+def _batch_encoder(
+    config: Config, autoencoder: Any, text: Any, sides: tuple[int, int]
+) -> Callable[[np.ndarray, list[str]], dict[str, np.ndarray]]:
+    """A function from fitted pictures uint8 (B,H,W,3) and their captions to the records' fields."""
+    import torch
+
+    from raphael.encoders.edges import edge_map
+    from raphael.objectives.autoencoding import to_network_range
+    from raphael.records import EDGES, MOMENTS, TOKEN_IDS
+
+    detector, threshold = config.encode.edge_detector, config.encode.edge_threshold
+
+    def encode_batch(images: np.ndarray, captions: list[str]) -> dict[str, np.ndarray]:
+        with torch.inference_mode():
+            moments = autoencoder.encode_moments(to_network_range(torch.from_numpy(images))).numpy()
+        return {
+            MOMENTS: _half(moments),
+            TOKEN_IDS: text.tokenize(captions).numpy().astype(np.int32),
+            EDGES: edge_map(images, sides, detector, threshold),
+        }
+
+    return encode_batch
+
+
+def _half(moments: np.ndarray) -> np.ndarray:
+    half = moments.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise StageError(
+            f"the autoencoder's moments do not fit float16 (largest {np.abs(moments).max():.3g}); train it again with "
+            "a larger autoencoder.kl_weight or a lower learning rate"
+        )
+    return half
+
+
+def _encode_chunk(config: Config, path: Path, start: int, count: int, encode_batch: Callable) -> None:
+    """Rows start .. start + count into one file, whole or not at all. Batches are the same whenever a run began."""
+    fitted, captions = [], []
+    pictures = read_pictures(SHARDS, CAPTIONS, start)
+    for _, (_, caption, picture) in zip(range(count), pictures, strict=False):
+        fitted.append(fit(picture, *picture_size(config)))
+        captions.append(caption)
+    pictures.close()
+    images = np.stack(fitted)
+    size = config.encode.batch_size
+    parts = [encode_batch(images[at : at + size], captions[at : at + size]) for at in range(0, count, size)]
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        np.savez(file, images=images, **arrays)
+    os.replace(partial, path)
+
+
+def _facts(config: Config, autoencoder: Any, text: Any, sides: tuple[int, int], preset: Preset) -> dict[str, Any]:
+    (empty,) = text.tokenize([""]).tolist()
+    return {
+        "picture": to_dict(config.picture),
+        "autoencoder": autoencoder.facts(),
+        "text_encoder": {**text.facts(), "empty_token_ids": empty},
+        "edge_detector": f"{config.encode.edge_detector} threshold={config.encode.edge_threshold:g} max-pooled",
+        "edge_sides": list(sides),
+        "captions_sha256": file_sha256(CAPTIONS),
+    }
+
+
+def _assemble(work: Path, chunks: list[Path], rows: list[dict], facts: dict[str, Any], chosen: np.ndarray) -> Path:
+    """Join the chunks into the records' folder, still in the work folder."""
+    from raphael.records import RecordWriter
+
+    folder = work / "records"
+    shutil.rmtree(folder, ignore_errors=True)
+    with np.load(chunks[0]) as first:
+        fields = {name: (first[name].dtype.name, first[name].shape[1:]) for name in first.files if name != "images"}
+        picture = first["images"].shape[1:]
+    references = np.empty((len(chosen), *picture), np.uint8)
+    done = 0
+    with RecordWriter(folder, fields, facts) as writer:
+        for chunk in chunks:
+            with np.load(chunk) as arrays:
+                count = len(arrays["images"])
+                keys = [row["key"] for row in rows[done : done + count]]
+                writer.append(keys, {name: arrays[name] for name in fields})
+                here = (chosen >= done) & (chosen < done + count)
+                references[here] = arrays["images"][chosen[here] - done]
+            done += count
+    np.save(folder / REFERENCES, references)
+    write_json(folder / CAPTIONS_FILE, {row["key"]: row["caption"] for row in rows})
+    return folder
+
+
+def records_digest(folder: Path) -> str:
+    """One sha256 over a folder's files by name, for comparing two runs."""
+    lines = [f"{path.name} {file_sha256(path)}" for path in sorted(folder.iterdir())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main("encode", run, __doc__))

@@ -1,0 +1,154 @@
+"""Train the autoencoder on the kept pictures, or check the pretrained one; measure its scaling.
+
+Writes models/autoencoder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_pipeline.pictures import PictureSet, TrainingData, collect, picture_size, shard_inputs
+from raphael.config import Config
+from raphael.stage import Stage, StageError, main
+from raphael.strict import to_dict
+
+if TYPE_CHECKING:
+    from raphael.encoders.autoencoder import Autoencoder
+
+OUT = Path("models/autoencoder")
+MEASURED_PICTURES = 1024  # of the scaling: evenly spread over the training pictures
+BATCH = 16
+
+
+def run(config: Config, stage: Stage) -> None:
+    settings = config.autoencoder
+    work = stage.workdir(*shard_inputs(stage), to_dict(settings), picture_size(config), config.seed)
+    pictures = collect(stage, work, *picture_size(config))
+    train_rows, held_rows = pictures.split()
+    if settings.pretrained:
+        autoencoder, history = _pretrained(config), []
+    else:
+        autoencoder, history = _train(config, stage, pictures, train_rows, work)
+    if not autoencoder.scaling_known:
+        spread = train_rows[np.linspace(0, len(train_rows) - 1, min(MEASURED_PICTURES, len(train_rows))).astype(int)]
+        _measure(autoencoder, pictures, spread)
+    quality = _quality(autoencoder, pictures, held_rows)
+    finished = work / "autoencoder"
+    shutil.rmtree(finished, ignore_errors=True)
+    _write(autoencoder, settings.pretrained, finished)
+    stage.publish(finished, OUT)
+    stage.report(
+        len(pictures.keys),
+        len(pictures.keys),
+        pretrained=settings.pretrained or None,
+        trained_on=0 if settings.pretrained else len(train_rows),
+        heldout=len(held_rows),
+        parameters=sum(parameter.numel() for parameter in autoencoder.parameters()),
+        **autoencoder.facts(),
+        **quality,
+        history=history,
+    )
+
+
+def _train(
+    config: Config, stage: Stage, pictures: PictureSet, rows: np.ndarray, work: Path
+) -> tuple[Autoencoder, list[dict[str, float]]]:
+    import torch
+
+    from raphael.encoders.autoencoder import build_autoencoder
+    from raphael.objectives.autoencoding import AutoencodingObjective
+    from raphael.train.loop import Hooks, train
+
+    settings = config.autoencoder
+    torch.manual_seed(config.seed)
+    autoencoder = build_autoencoder(settings)
+    objective = AutoencodingObjective(autoencoder, settings.kl_weight, settings.gradient_weight)
+    with stage.progress(settings.loop.num_images, "images") as bar:
+        hooks = Hooks(progress=lambda images: bar.update(images - bar.bar.n))
+        data = TrainingData(pictures, rows)
+        outcome = train(objective, data, settings.loop, config.seed, folder=work / "checkpoints", hooks=hooks)
+    _use_average(objective, outcome["ema"], settings.loop.ema_decay)
+    return autoencoder.eval(), outcome["history"]
+
+
+def _use_average(objective: Any, averaged: dict[str, Any], decay: float) -> None:
+    """Put the averaged weights in the place of the last ones, where an average was asked for."""
+    import torch
+
+    if decay:
+        with torch.no_grad():
+            for name, parameter in objective.named_parameters():
+                if name in averaged:
+                    parameter.copy_(averaged[name])
+
+
+def _pretrained(config: Config) -> Autoencoder:
+    from raphael.encoders.autoencoder import load_autoencoder
+
+    autoencoder = load_autoencoder(config.autoencoder.pretrained)
+    for side in picture_size(config):
+        if side % autoencoder.downsampling:
+            raise StageError(
+                f"picture: got a side of {side} px, expected a multiple of {autoencoder.downsampling} for "
+                f"{config.autoencoder.pretrained}; change picture.height_px and picture.width_px in {config.file}"
+            )
+    return autoencoder
+
+
+def _measure(autoencoder: Autoencoder, pictures: PictureSet, rows: np.ndarray) -> None:
+    from raphael.encoders.autoencoder import measure_scaling
+
+    autoencoder.set_scaling(*measure_scaling(moments for _, moments in _encoded(autoencoder, pictures, rows)))
+
+
+def _encoded(autoencoder: Autoencoder, pictures: PictureSet, rows: np.ndarray):
+    """(images in [-1,1], moments), batch by batch."""
+    import torch
+
+    from raphael.objectives.autoencoding import to_network_range
+
+    autoencoder.eval()
+    for start in range(0, len(rows), BATCH):
+        images = to_network_range(torch.from_numpy(pictures.images[rows[start : start + BATCH]]))
+        with torch.no_grad():
+            yield images, autoencoder.encode_moments(images)
+
+
+def _quality(autoencoder: Autoencoder, pictures: PictureSet, rows: np.ndarray) -> dict[str, float]:
+    """PSNR in dB on held-out pictures, decoded from the posterior's mean; mean and deviation of their latents."""
+    import torch
+
+    from raphael.encoders.autoencoder import psnr
+
+    ratios, latents = [], []
+    for images, moments in _encoded(autoencoder, pictures, rows):
+        latents.append(autoencoder.latents_from_moments(moments))
+        with torch.no_grad():
+            ratios.append(psnr(images, autoencoder.decode(latents[-1])))
+    values, scaled = torch.cat(ratios), torch.cat(latents)
+    if not torch.isfinite(scaled).all():
+        raise StageError("the autoencoder's latents are not finite; lower autoencoder.loop.learning_rate")
+    return {
+        "psnr_db": round(float(values.mean()), 4),
+        "psnr_db_lowest": round(float(values.min()), 4),
+        "latent_mean": round(float(scaled.mean()), 4),
+        "latent_std": round(float(scaled.std()), 4),
+    }
+
+
+def _write(autoencoder: Autoencoder, spec: str, folder: Path) -> None:
+    """A whole copy, so that what follows needs nothing else; weights above 1 GiB are pointed at instead."""
+    from raphael.encoders.pretrained import MAX_COPY_BYTES, write_pointer
+
+    weights_bytes = sum(parameter.numel() * 4 for parameter in autoencoder.parameters())
+    if spec and weights_bytes > MAX_COPY_BYTES:
+        write_pointer(folder, spec, {"scaling_factor": autoencoder.scaling_factor, "shift": autoencoder.shift})
+    else:
+        autoencoder.save(folder)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main("autoencoder", run, __doc__))

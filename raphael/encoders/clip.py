@@ -1,0 +1,172 @@
+"""open_clip's CLIP: built small from our settings, saved as a plain folder, loaded from that or by arch and weights.
+
+    models/clip/config.json         {"format": "open_clip", "model": {...}, "context_length": 32, "mean": [...], ...}
+    models/clip/model.safetensors
+
+The tokenizer is open_clip's byte-pair one, whose vocabulary ships with the package: nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raphael.config import ClipConfig
+from raphael.encoders.pretrained import CONFIG, PretrainedError, one_line
+from raphael.stage import read_json, write_json
+
+FORMAT = "open_clip"
+WEIGHTS = "model.safetensors"
+VISION_HEAD_WIDTH = 32  # of the small vision towers built here
+# Mean and standard deviation of RGB in [0,1], of CLIP's own training pictures (openai/CLIP clip.py)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass
+class OpenClip:
+    """A CLIP with what belongs to it. tokenize: list of texts -> int64 (B, context_length)."""
+
+    model: nn.Module
+    tokenizer: Any
+    context_length: int
+    image_size_px: int
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+    settings: dict[str, Any] | None = None  # the constructor's arguments; None where only a name is known
+
+    def tokenize(self, texts: list[str]) -> Tensor:
+        return self.tokenizer(texts, context_length=self.context_length)
+
+
+def build_clip(config: ClipConfig) -> OpenClip:
+    """A CLIP with random weights (torch's global generator)."""
+    if config.image_width % VISION_HEAD_WIDTH or config.text_width % config.text_heads:
+        raise ValueError(
+            f"clip: got image_width {config.image_width}, text_width {config.text_width}, text_heads "
+            f"{config.text_heads}; expected multiples of {VISION_HEAD_WIDTH} and of text_heads; set them in params.yaml"
+        )
+    if config.image_size_px % config.patch_size_px:
+        sizes = f"image_size_px {config.image_size_px}, expected a multiple of patch_size_px {config.patch_size_px}"
+        raise ValueError(f"clip: got {sizes}; set them in params.yaml")
+    settings = {
+        "embed_dim": config.embed_dim,
+        "vision_cfg": {
+            "image_size": config.image_size_px,
+            "patch_size": config.patch_size_px,
+            "width": config.image_width,
+            "layers": config.image_layers,
+            "head_width": VISION_HEAD_WIDTH,
+        },
+        "text_cfg": {
+            "context_length": config.context_length,
+            "vocab_size": _tokenizer().vocab_size,
+            "width": config.text_width,
+            "heads": config.text_heads,
+            "layers": config.text_layers,
+        },
+    }
+    return _assemble(settings)
+
+
+def save_clip(clip: OpenClip, folder: Path) -> None:
+    """Write config.json and model.safetensors. Equal weights give equal bytes."""
+    from safetensors.torch import save_file
+
+    assert clip.settings is not None, "a CLIP known only by its name is not saved but pointed at"
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in clip.model.state_dict().items()}
+    save_file(state, folder / WEIGHTS)
+    config = {"format": FORMAT, "model": clip.settings, "context_length": clip.context_length}
+    write_json(folder / CONFIG, {**config, "mean": list(clip.mean), "std": list(clip.std)})
+
+
+def is_clip_folder(folder: str | Path) -> bool:
+    """Whether the folder's config.json says that `save_clip` wrote it."""
+    path = Path(folder).expanduser() / CONFIG
+    return path.is_file() and read_json(path).get("format") == FORMAT
+
+
+def load_clip_folder(folder: str | Path) -> OpenClip:
+    """In evaluation mode, frozen, float32. Raises PretrainedError, one line."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder).expanduser()
+    config = read_json(folder / CONFIG)
+    try:
+        clip = _assemble(config["model"], tuple(config["mean"]), tuple(config["std"]))
+        clip.model.load_state_dict(load_file(folder / WEIGHTS))
+    except (KeyError, TypeError, RuntimeError, SafetensorError, OSError) as error:
+        detail = " ".join(str(error).split())[:200]
+        raise PretrainedError(f"CLIP: {folder}: {CONFIG} and {WEIGHTS} do not fit or are damaged ({detail})") from None
+    clip.model.eval().requires_grad_(False)
+    return clip
+
+
+def load_open_clip(arch: str, weights: str, context_length: int | None = None) -> OpenClip:
+    """An architecture of open_clip's list with weights: a file, or a published tag (fetched on first use).
+
+    Raises PretrainedError, one line.
+    """
+    import open_clip
+
+    if arch not in open_clip.list_models():
+        near = [name for name in open_clip.list_models() if name.lower().startswith(arch.lower()[:5])][:6]
+        raise PretrainedError(f"open_clip: unknown architecture {arch!r}; near it: {', '.join(near) or 'none'}")
+    if not weights:
+        raise PretrainedError(f"open_clip:{arch}: got no weights, expected open_clip:{arch}:<file or published tag>")
+    tags = open_clip.list_pretrained_tags_by_model(arch)
+    if not Path(weights).expanduser().is_file() and weights not in tags:
+        known = ", ".join(tags) or "none"
+        raise PretrainedError(f"open_clip:{arch}: got weights {weights!r}, expected a weights file, or one of {known}")
+    where = weights if weights in tags else str(Path(weights).expanduser().parent)
+    with one_line("open_clip", where, "the weights file"):
+        model, _, preprocess = open_clip.create_model_and_transforms(arch, pretrained=str(Path(weights).expanduser()))
+    tokenizer = open_clip.get_tokenizer(arch, context_length=context_length)
+    config = getattr(model.visual, "preprocess_cfg", {})
+    return OpenClip(
+        model.float().eval().requires_grad_(False),
+        tokenizer,
+        context_length or model.context_length,
+        _side(model.visual.image_size),
+        tuple(config.get("mean", CLIP_MEAN)),
+        tuple(config.get("std", CLIP_STD)),
+    )
+
+
+def normaliser(mean: tuple[float, ...], std: tuple[float, ...]) -> Callable[[Tensor], Tensor]:
+    """uint8 (B,H,W,3) -> float32 (B,3,H,W), each colour less its mean, divided by its standard deviation."""
+
+    def normalise(images: Tensor) -> Tensor:
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+            raise ValueError(f"images: got {images.dtype} {tuple(images.shape)}, expected uint8 (B, H, W, 3)")
+        shape = (1, 3, 1, 1)
+        centre = torch.tensor(mean, device=images.device).view(shape)
+        spread = torch.tensor(std, device=images.device).view(shape)
+        return (images.permute(0, 3, 1, 2).float() / 255 - centre) / spread
+
+    return normalise
+
+
+def _assemble(settings: dict[str, Any], mean: tuple = CLIP_MEAN, std: tuple = CLIP_STD) -> OpenClip:
+    from open_clip import CLIP
+
+    model = CLIP(**settings)
+    length = settings["text_cfg"]["context_length"]
+    return OpenClip(model, _tokenizer(), length, _side(settings["vision_cfg"]["image_size"]), mean, std, settings)
+
+
+def _tokenizer() -> Any:
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer()
+
+
+def _side(size: int | tuple[int, int]) -> int:
+    return size if isinstance(size, int) else size[0]

@@ -1,0 +1,63 @@
+"""The KL autoencoder's training: L1 of the picture and of its gradients, and the posterior's KL to N(0, 1).
+
+L = mean |x - x'| + gradient_weight * mean |grad x - grad x'| + kl_weight * KL,
+KL = 1/2 sum(mu^2 + sigma^2 - 1 - log sigma^2) per picture, as in latent diffusion (Rombach et al. 2022), there with
+a perceptual and an adversarial loss in the place of the gradients': those need weights not to be had everywhere.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from raphael.randomness import SampleRng
+
+IMAGE = "image"  # uint8 (B,H,W,3)
+
+
+class AutoencodingObjective(nn.Module):
+    """objective({"image": uint8 (B,H,W,3)}, rng) -> {"loss", "l1", "gradient", "kl", "psnr"}, scalars in float32.
+
+    autoencoder: has encode_moments(images) -> raw moments, and decode_raw(latents) -> pictures.
+    """
+
+    def __init__(self, autoencoder: nn.Module, kl_weight: float, gradient_weight: float):
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.kl_weight, self.gradient_weight = kl_weight, gradient_weight
+
+    def forward(self, batch: dict[str, Tensor], rng: SampleRng) -> dict[str, Tensor]:
+        images = to_network_range(batch[IMAGE])                             # (B,3,H,W) in [-1,1]
+        moments = self.autoencoder.encode_moments(images).float()           # (B,2C,h,w)
+        mean, log_variance = moments.chunk(2, dim=1)
+        noise = rng.normal("posterior", mean.shape[1:]).to(mean.device)     # (B,C,h,w)
+        latents = mean + (0.5 * log_variance.clamp(-30.0, 20.0)).exp() * noise
+        reconstructions = self.autoencoder.decode_raw(latents).float()      # (B,3,H,W)
+        l1 = (images - reconstructions).abs().mean()
+        gradient = gradient_l1(images, reconstructions)
+        kl = kl_divergence(moments).mean()
+        loss = l1 + self.gradient_weight * gradient + self.kl_weight * kl
+        with torch.no_grad():
+            error = (images - reconstructions.clamp(-1, 1)).square().mean(dim=(1, 2, 3))
+            psnr = (10 * torch.log10(4.0 / error.clamp(min=1e-12))).mean()
+        return {"loss": loss, "l1": l1.detach(), "gradient": gradient.detach(), "kl": kl.detach(), "psnr": psnr}
+
+
+def to_network_range(images: Tensor) -> Tensor:
+    """uint8 (B,H,W,3) -> float32 (B,3,H,W) in [-1,1]."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(f"images: got {images.dtype} {tuple(images.shape)}, expected uint8 (B, H, W, 3)")
+    return images.permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
+
+
+def kl_divergence(moments: Tensor) -> Tensor:
+    """KL(N(mu, sigma^2) || N(0, 1)) of each picture, summed over its latent, in nats. (B,2C,h,w) -> (B,)"""
+    mean, log_variance = moments.float().chunk(2, dim=1)
+    log_variance = log_variance.clamp(-30.0, 20.0)
+    return 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).sum(dim=(1, 2, 3))
+
+
+def gradient_l1(images: Tensor, reconstructions: Tensor) -> Tensor:
+    """Mean absolute error of the forward differences along both axes: outlines count, not only areas. Scalar."""
+    error = images - reconstructions
+    return 0.5 * (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean())
