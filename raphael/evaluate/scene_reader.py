@@ -25,8 +25,9 @@ DARKEST, LIGHTEST = 0.74, 0.24
 FOREGROUND = 44.0  # RGB distance from every shade of the background
 OBJECT, LETTER = 0.31, 0.14  # smallest extents, in shares of the side
 WORDS = ("CAT", "DOG", "SUN", "KEY", "FOX", "CUP", "MAP", "TOY", "ICE", "OWL", "BEE", "ZIP")
+TILES = 6.0  # mean second difference of brightness between cells
 WORD_SCORE = 0.45  # mean correlation of three letters with those of the best word
-INKS = ("black", "white", "grey")
+INKS = ((18.0, 16.0, 20.0), (248.0, 248.0, 248.0), (128.0, 128.0, 128.0))
 ATTRIBUTES = ("background_colour", "shape_colour", "shape", "relation", "count", "text", "style")
 
 
@@ -66,15 +67,16 @@ def read_scene(image: np.ndarray) -> SceneReading:
     small = _at_reading_size(image)
     background = _background(small)
     picture = cv2.resize(small, (FINE, FINE), interpolation=cv2.INTER_CUBIC).astype(np.float32)
-    foreground = (background.distance(picture) > FOREGROUND).astype(np.uint8)
-    foreground = cv2.morphologyEx(foreground, cv2.MORPH_OPEN, np.ones((2, 2), np.uint8))
-    bodies, letters = _components(foreground)
+    distance = background.distance(picture)
+    foreground = cv2.morphologyEx((distance > FOREGROUND).astype(np.uint8), cv2.MORPH_OPEN, np.ones((2, 2), np.uint8))
+    bodies, writing = _components(foreground)
     objects = sorted((_read_object(picture, foreground, body) for body in bodies), key=lambda item: -item.area)
     styles = [item.style for item in objects]
     style = max(sorted(set(styles)), key=styles.count) if styles else None
-    if _is_tiled(small):
+    ground = cv2.dilate((distance > FOREGROUND).astype(np.uint8), np.ones((3, 3), np.uint8))[::2, ::2] == 0
+    if _is_tiled(small, ground):
         style = "pixel"
-    return SceneReading(background.colour, tuple(objects), style, _read_word(letters))
+    return SceneReading(background.colour, tuple(objects), style, _read_word(distance, writing))
 
 
 def judge(reading: SceneReading, truth: dict[str, Any]) -> dict[str, bool | None]:
@@ -207,13 +209,13 @@ def _background(small: np.ndarray) -> _Background:
 # ---- objects -------------------------------------------------------------------------------------------------------
 
 
-def _components(foreground: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Filled masks of the objects, and masks of what has the size of letters (left to right)."""
+def _components(foreground: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    """Filled masks of the objects, and one mask of what has the size and place of letters."""
     import cv2
 
     closed = cv2.morphologyEx(foreground, cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))
     contours, _ = cv2.findContours(closed, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    bodies, letters = [], []
+    bodies, writing = [], np.zeros_like(foreground)
     for contour in contours:
         x, y, width, height = cv2.boundingRect(contour)
         filled = np.zeros_like(foreground)
@@ -222,8 +224,8 @@ def _components(foreground: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarr
         if max(width, height) >= OBJECT * FINE and min(width, height) >= 0.12 * FINE and not (wide and y > 0.55 * FINE):
             bodies.append(filled)
         elif height >= LETTER * FINE and y > 0.55 * FINE:
-            letters.append((x, filled & closed))
-    return bodies, [mask for _, mask in sorted(letters, key=lambda item: item[0])]
+            writing |= filled & closed
+    return bodies, writing
 
 
 def _read_object(picture: np.ndarray, foreground: np.ndarray, body: np.ndarray) -> ReadObject:
@@ -236,8 +238,6 @@ def _read_object(picture: np.ndarray, foreground: np.ndarray, body: np.ndarray) 
     depth = cv2.distanceTransform(painted, cv2.DIST_L2, 5)
     deepest = float(depth.max())
     core = picture[depth >= max(0.72 * deepest, 1.0)]
-    outside = cv2.distanceTransform(body, cv2.DIST_L2, 5)
-    rim = picture[(outside >= 2.0) & (outside <= 3.6) & (painted > 0)]
     colour = _common_name(core)
     box = (slice(top, bottom), slice(left, right))
     shape, score = _shape(body[box])
@@ -247,20 +247,33 @@ def _read_object(picture: np.ndarray, foreground: np.ndarray, body: np.ndarray) 
     style = "flat"
     if hollow:
         style = "outline"
-    elif len(rim) and _is_ink(rim, colour):
+    elif _is_inked(picture, body, painted, np.median(core, axis=0)):
         style = "ink"
     centre = ((left + right) / 2 / FINE, (top + bottom) / 2 / FINE)
     return ReadObject(shape, colour, centre, extent / FINE, float(body.mean()), style, score)
 
 
-def _is_ink(rim: np.ndarray, colour: str) -> bool:
-    """Most of the contour is black, white or grey, and the object is not."""
-    inks = {"black": (18.0, 16.0, 20.0), "white": (248.0, 248.0, 248.0), "grey": (128.0, 128.0, 128.0)}
-    own = np.linalg.norm(rim - np.float32(COLOURS[colour]), axis=1)
-    share = [
-        float(((np.linalg.norm(rim - np.float32(ink), axis=1) < 75) & (own > 75)).mean()) for name, ink in inks.items() if name != colour
-    ]
-    return max(share) > 0.5
+def _is_inked(picture: np.ndarray, body: np.ndarray, painted: np.ndarray, own: np.ndarray) -> bool:
+    """Is there, just inside the contour, a line of black, white or grey that is no mixture of object and background?"""
+    import cv2
+
+    around = cv2.dilate(body, np.ones((9, 9), np.uint8)) - cv2.dilate(body, np.ones((5, 5), np.uint8))
+    ground = np.median(picture[around > 0], axis=0) if around.any() else own
+    depth = np.where(painted > 0, cv2.distanceTransform(body, cv2.DIST_L2, 5), 0)
+    lines = [picture[(depth >= nearest) & (depth < nearest + 1)] for nearest in (1.5, 2.5, 3.5)]
+    lines = [line for line in lines if len(line)]
+    for ink in INKS:
+        reach = np.linalg.norm(own - ink)
+        if min(reach, np.linalg.norm(ground - ink)) < 60:
+            continue  # not visible on this object or this background
+        on_the_way = _distance_to_segment(np.float32(ink), own, ground) < 40  # grey between black and white: any edge has it
+        share = []
+        for line in lines:
+            near = np.linalg.norm(line - ink, axis=1) < 0.55 * reach
+            share.append((near & (on_the_way | (_distance_to_segment(line, own, ground) >= 40))).mean())
+        if share and (min(share) if on_the_way else max(share)) > 0.6:
+            return True
+    return False
 
 
 def _shape(body: np.ndarray) -> tuple[str, float]:
@@ -343,22 +356,49 @@ def _inside(name: str, side: int) -> np.ndarray:
 # ---- style and words -----------------------------------------------------------------------------------------------
 
 
-def _is_tiled(small: np.ndarray) -> bool:
-    """Steps of brightness on the lines of a 16 x 16 grid, and hardly any between them."""
+def _roughness(small: np.ndarray, ground: np.ndarray) -> tuple[float, float]:
+    """Jumps of brightness from cell to cell of a 16 x 16 grid, and on the same grid moved by half a cell.
+
+    small: (64, 64, 3); ground: (64, 64) bool, True on the background, where alone jumps count. Second differences, so that
+    a gradient is no jump; the middle 2 x 2 px of each cell, which a blur leaves alone.
+    """
     grey = small.astype(np.float32).mean(-1)
-    on, off = [], []
-    for steps in (np.abs(np.diff(grey, axis=1)), np.abs(np.diff(grey, axis=0)).T):
-        steps = np.minimum(steps, 16.0)
-        on.append(steps[:, 3::4].mean())
-        off.append(np.median(steps[:, 1::4].mean()))
-    return float(np.mean(on)) > 3.0 and float(np.mean(on)) > 1.7 * float(np.mean(off))
+
+    def measure(offset: int) -> float:
+        cut = (slice(offset, offset + 60),) * 2
+        part = grey[cut].reshape(15, 4, 15, 4)[:, 1:3, :, 1:3].mean((1, 3))
+        free = ground[cut].reshape(15, 4, 15, 4).all((1, 3))
+        jumps = []
+        for values, where in ((part, free), (part.T, free.T)):
+            three = where[:-2] & where[1:-1] & where[2:]
+            jumps.append(np.abs(np.diff(values, 2, axis=0))[three])
+        jumps = np.concatenate(jumps)
+        return float(jumps.mean()) if len(jumps) >= 12 else 0.0
+
+    return measure(0), measure(2)
 
 
-def _read_word(letters: list[np.ndarray]) -> str | None:
-    """The word of the list that the letters resemble most, or None."""
+def _is_tiled(small: np.ndarray, ground: np.ndarray) -> bool:
+    on, off = _roughness(small, ground)
+    return on > TILES and on > 1.15 * off
+
+
+def _read_word(distance: np.ndarray, writing: np.ndarray) -> str | None:
+    """The word of the list that the letters resemble most, or None. distance: of each pixel from the background."""
+    import cv2
+
+    if not writing.any():
+        return None
+    rows, columns = np.nonzero(writing)
+    ink = np.quantile(distance[writing > 0], 0.9)
+    sharp = np.zeros_like(writing)  # half way between ink and background: letters that a blur has joined come apart
+    window = (slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1))
+    sharp[window] = (distance[window] > 0.5 * ink) & (cv2.dilate(writing, np.ones((3, 3), np.uint8))[window] > 0)
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(sharp, connectivity=8)
+    letters = [(stats[i, cv2.CC_STAT_LEFT], labels == i) for i in range(1, len(stats)) if stats[i, cv2.CC_STAT_HEIGHT] >= LETTER * FINE]
     if len(letters) != 3:
         return None
-    read = [_letter_box(mask) for mask in letters]
+    read = [_letter_box(mask) for _, mask in sorted(letters, key=lambda item: item[0])]
     scores = {
         word: np.mean([_letter_score(mask, aspect, letter) for (mask, aspect), letter in zip(read, word, strict=True)])
         for word in WORDS
