@@ -1,0 +1,230 @@
+"""The stage `train`: encoded pictures -> models/raphael, a folder that draws by itself.
+
+Training is done by Ray Train workers (train.num_workers) or in this process (0). Kill it at any moment: the same command goes
+on from the newest checkpoint, in the same MLflow run, and ends in the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from raphael.config import Config
+from raphael.stage import Stage, StageError, main, read_json, write_json
+from raphael.strict import to_dict
+
+if TYPE_CHECKING:
+    from raphael.stage import Progress
+    from raphael.train.denoiser import Folders, Job
+
+REPORTED_DIGITS = 6  # of losses, in the report: what a person compares
+
+
+def run(config: Config, stage: Stage) -> None:
+    from raphael import tracking
+    from raphael.checkpoint import CheckpointHome
+
+    folders = open_folders(config, stage)
+    job = start_run(config, stage, folders)
+    tracker = tracking.MlflowTracker(job.tracking_uri, job.run_id, job.journal)
+    with tracking.closing(tracker):
+        with stage.progress(config.train.loop.num_images, "images") as bar:
+            work(job, Watcher(job, bar))
+        groups, meta = CheckpointHome(folders.checkpoints).newest()
+        export = write_export(config, stage, folders, groups, meta)
+        sha256, parameters = export
+        published = stage.publish(folders.work / "export", "models/raphael")
+        tracking.remember_run(stage.root, sha256, job.tracking_uri, job.run_id)
+        tracker.artifact(published / "curves.json")
+        facts = {"images_seen": meta["images_seen"], "preset": config.model.preset, "parameters": parameters}
+        version = tracking.register_model(tracker, config.tracking.experiment, published, sha256, facts)
+    stage.timings["images_per_s"] = rates(folders)
+    write_report(stage, meta, parameters)
+    if version is not None:
+        print(f"train: version {version} of {config.tracking.experiment} in MLflow's registry ({tracking.public(job.tracking_uri)})")
+
+
+def open_folders(config: Config, stage: Stage) -> Folders:
+    """Check that the inputs are there and find this training's own work folder."""
+    from raphael.manifest import read_manifest
+    from raphael.records import FORM
+    from raphael.train.denoiser import Folders
+
+    places = Folders.of(stage.root, stage.root)
+    for path in (places.records, places.autoencoder, places.clip, places.prompts):
+        if not path.exists():
+            raise StageError(f"{path.relative_to(stage.root)}: absent; run the stages before this one (dvc repro train, or make demo)")
+    settings = {"seed": config.seed, "picture": to_dict(config.picture), "train": to_dict(config.train)}
+    settings |= {"preset": to_dict(config.model.load()), "drawing": to_dict(config.generate)}
+    records = read_manifest(places.records, FORM)["sha256"]
+    workdir = stage.workdir(settings, records, places.autoencoder, places.clip, places.prompts)
+    return Folders.of(stage.root, workdir)
+
+
+def start_run(config: Config, stage: Stage, folders: Folders) -> Job:
+    """The MLflow run: the one this training has begun already, or a new one."""
+    from raphael import tracking
+    from raphael.manifest import read_manifest
+    from raphael.records import FORM
+    from raphael.train.denoiser import Job
+
+    uri, file = tracking.resolve_uri(config, stage.root), folders.work / "run.json"
+    known = read_json(file) if file.exists() else {}
+    run_id = known.get("run_id") if known.get("uri") == tracking.public(uri) else None
+    if run_id is None or not tracking.reopen_run(uri, run_id):
+        name = f"{config.model.preset}-{folders.work.name[:8]}"
+        run_id = tracking.create_run(config, stage.root, name)
+        write_json(file, {"uri": tracking.public(uri), "run_id": run_id})
+        tracker = tracking.MlflowTracker(uri, run_id, tracking.journal_of(stage.root, run_id))
+        tracker.dataset("records", read_manifest(folders.records, FORM)["sha256"], "data/records", "training")
+        for name, digest in tracking.dvc_hashes(stage.root).items():
+            tracker.dataset(name, digest, name, "lineage")
+    return Job(config, folders, uri, run_id, tracking.journal_of(stage.root, run_id))
+
+
+def work(job: Job, watcher: Watcher) -> None:
+    """Train to the end, in this process or by Ray workers."""
+    from raphael.train.denoiser import train_denoiser
+
+    train = job.config.train
+    job.folders.events.unlink(missing_ok=True)
+    job.folders.events.touch()
+    if train.loop.batch_size % max(1, train.num_workers):
+        raise StageError(
+            f"train.loop.batch_size: got {train.loop.batch_size} for {train.num_workers} workers, expected a multiple of "
+            "train.num_workers: each takes an equal slice"
+        )
+    if train.num_workers == 0:
+        from raphael.train.loop import World
+
+        with watcher.in_background():
+            train_denoiser(job, World(device="cuda" if train.use_gpu else "cpu"))
+    else:
+        from raphael.train.ray_trainer import Cluster, fit
+
+        name = f"train-{job.folders.work.name}"  # holds the hash of settings and data
+        fit(train_denoiser, job, Cluster(train.num_workers, train.use_gpu, name, job.folders.work / "ray"), watcher)
+    watcher()
+
+
+class Watcher:
+    """Follows rank 0's events file: moves the bar and prints a line for every point logged. Call it now and then."""
+
+    def __init__(self, job: Job, bar: Progress):
+        self.path, self.bar, self.offset, self.images = job.folders.events, bar, 0, 0
+        self.total, self.started_s, self.first = job.config.train.loop.num_images, time.monotonic(), None
+
+    def __call__(self) -> None:
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]  # the last line may be half-written
+        self.offset += len(whole)
+        for line in whole.splitlines():
+            event = json.loads(line)
+            if "say" in event:
+                self.print(f"train: {event['say']}")
+            if "images" in event:
+                self.move(event["images"])
+            if "point" in event:
+                self.print(self.describe(event["images"], event["point"]))
+
+    def move(self, images: int) -> None:
+        if self.first is None:
+            self.first, self.started_s = images, time.monotonic()
+            self.bar.bar.initial = images  # the rate counts what this process did
+        self.bar.update(min(images, self.total) - self.bar.bar.n)
+
+    def describe(self, images: int, point: dict[str, float]) -> str:
+        losses = [name for name in ("loss", "denoise", "edge", "balance") if f"train/{name}" in point]
+        shown = "  ".join(f"{name} {point[f'train/{name}']:.4f}" for name in losses)
+        rate = point["train/images_per_s"]
+        left_s = max(0, self.total - images) / max(rate, 1e-9)
+        return f"train: {images:,}/{self.total:,} images  {shown}  {rate:.1f} images/s  {int(left_s // 60)}:{int(left_s % 60):02d} left"
+
+    def print(self, line: str) -> None:
+        self.bar.bar.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+    def in_background(self) -> _Background:
+        return _Background(self)
+
+
+class _Background:
+    """Call the watcher twice a second from a thread, while the main thread trains."""
+
+    def __init__(self, watcher: Watcher):
+        import threading
+
+        self.watcher, self.done = watcher, threading.Event()
+        self.thread = threading.Thread(target=self._follow, daemon=True)
+
+    def _follow(self) -> None:
+        while not self.done.wait(0.5):
+            self.watcher()
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.thread.join()
+
+
+def write_export(
+    config: Config, stage: Stage, folders: Folders, groups: dict[str, Any], meta: dict[str, Any]
+) -> tuple[str, int]:
+    """Put the pipeline folder together in work/.../export. Returns the sha256 of its manifest and the parameter count."""
+    from raphael.checkpoint import checkpoint_sha256, write_checkpoint
+    from raphael.manifest import read_manifest
+    from raphael.records import FORM
+    from raphael.tracking import git_revision
+
+    raw = unet_weights(groups["model"])
+    averaged = {**raw, **unet_weights(groups["ema"])}
+    preset = config.model.load()
+    about = {
+        "unet": to_dict(preset.unet),
+        "diffusion": to_dict(preset.diffusion),
+        "picture": to_dict(config.picture),
+        "mean_over": preset.unet.mean_over,
+        "preset": config.model.preset,
+        "seed": config.seed,
+        "git_revision": git_revision(stage.root),
+        "records_sha256": read_manifest(folders.records, FORM)["sha256"],
+        "images_seen": meta["images_seen"],
+    }
+    export = folders.work / "export"
+    write_checkpoint(export, {"ema": averaged, "raw": raw}, about)
+    shutil.copytree(folders.autoencoder, export / "autoencoder")
+    shutil.copytree(folders.clip, export / "text_encoder")
+    write_json(export / "curves.json", meta["history"])
+    (export / "samples").mkdir()
+    for path in sorted(folders.samples.glob("[0-9]*.png")):
+        shutil.copy2(path, export / "samples")
+    return checkpoint_sha256(export), sum(tensor.numel() for tensor in raw.values())
+
+
+def unet_weights(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix("unet."): tensor for name, tensor in tensors.items() if name.startswith("unet.")}
+
+
+def write_report(stage: Stage, meta: dict[str, Any], parameters: int) -> None:
+    last = {name: round(value, REPORTED_DIGITS) for name, value in meta["history"][-1].items()}
+    loads = {name: value for name, value in last.items() if "_load/" in name or "/cover/" in name}
+    losses = {name: value for name, value in last.items() if name not in loads and name != "images"}
+    images = meta["images_seen"]
+    stage.report(images, images, unit="images seen", parameters=parameters, final=losses, experts=loads)
+
+
+def rates(folders: Folders) -> list[float]:
+    """Images per second at each point logged by this process' training."""
+    events = [json.loads(line) for line in folders.events.read_text(encoding="utf-8").splitlines()]
+    return [round(event["point"]["train/images_per_s"], 2) for event in events if "point" in event]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main("train", run, __doc__))

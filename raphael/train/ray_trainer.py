@@ -1,0 +1,206 @@
+"""Train with Ray Train workers. The only `import ray` of the project.
+
+Ray starts the workers, forms the process group and restarts the group when one dies; the loop is the same as without. Our
+own checkpoints are the truth: a restarted group goes on from the newest one, and nothing is reported to Ray but the end.
+
+Safety: Ray's own ports can run any code. They ask for a token that is fresh at every start, and are bound to loopback as far
+as Ray can be told to (tests/train/test_ray_trainer.py lists the listeners and the exceptions). With RAY_ADDRESS set, an
+existing cluster is used and its own rules hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raphael.stage import StageError
+
+OBJECT_STORE_BYTES = 200 << 20  # the loop moves nothing through it; Ray refuses less than 75 MiB
+MAX_RESTARTS = 3  # of the worker group, in one run of the stage
+START_ATTEMPTS = 3
+POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """How many workers, and where they work. name: of the run; it must change with the settings."""
+
+    num_workers: int
+    use_gpu: bool
+    name: str
+    storage: Path  # absolute
+
+
+def fit(work: Callable[[Any, Any], Any], job: Any, cluster: Cluster, watch: Callable[[], None] = lambda: None) -> None:
+    """Run work(job, world) in `cluster.num_workers` processes, to the end. watch: called about twice a second meanwhile.
+
+    Ctrl-C, SIGTERM (SystemExit) and exceptions end Ray and all its processes before they go on. Raises StageError with the
+    worker's own line where the training failed.
+    """
+    prepare_environment()
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    start(cluster)
+    try:
+        trainer = TorchTrainer(
+            _in_worker,
+            train_loop_config={"work": work, "job": job, "threads": threads_per_worker(cluster), "use_gpu": cluster.use_gpu},
+            torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
+            scaling_config=ScalingConfig(num_workers=cluster.num_workers, use_gpu=cluster.use_gpu),
+            run_config=RunConfig(
+                name=cluster.name,
+                storage_path=str(cluster.storage),
+                failure_config=FailureConfig(max_failures=MAX_RESTARTS),
+                logging_config=LoggingConfig(log_level="WARNING"),
+            ),
+        )
+        _wait(trainer, watch)
+    finally:
+        stop()
+
+
+def _wait(trainer: Any, watch: Callable[[], None]) -> None:
+    """fit() in a thread of its own: in the main thread it would take over Ctrl-C and leave with status 0."""
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=run, name="ray-train-fit", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_S)
+        watch()
+    if failure:
+        raise StageError(reason(failure[0])) from (failure[0] if os.environ.get("RAPHAEL_TRACEBACK") else None)
+
+
+def _in_worker(settings: dict[str, Any]) -> None:
+    import ray.train
+    import torch
+
+    from raphael.train.loop import World
+
+    torch.set_num_threads(settings["threads"])  # Ray gives each worker one
+    device = str(ray.train.torch.get_device()) if settings["use_gpu"] else "cpu"
+    settings["work"](settings["job"], World.current(device))
+
+
+def prepare_environment() -> None:
+    """What Ray reads from the environment, before it is imported. A person's own settings stay."""
+    package_root = str(Path(__file__).resolve().parents[2])
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if package_root not in paths:  # workers start in a folder of Ray's
+        os.environ["PYTHONPATH"] = os.pathsep.join([package_root, *paths])
+    defaults = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run` Ray would pack the whole folder, data too
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's word for "this machine alone": then 127.0.0.1 is a node's address
+        "RAY_agent_register_timeout_ms": "120000",  # on a busy machine its agent needs longer than the raylet would wait
+        "RAY_TRAIN_METRICS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_DEDUP_LOGS": "0",
+    }
+    if os.environ.get("RAY_ADDRESS"):
+        del defaults["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"]
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    if not os.environ.get("RAY_ADDRESS") and os.environ.get("RAY_AUTH_MODE", "token") == "token":
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
+
+
+def start(cluster: Cluster) -> None:
+    """A private Ray of this process, or a connection to RAY_ADDRESS."""
+    import ray
+
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, logging_level="WARNING")
+        return
+    for attempt in range(START_ATTEMPTS):
+        before = set(_children())
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cluster.num_workers + 1,  # slots, not cores: one for each worker and one for the controller
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level="WARNING",
+                _node_ip_address="127.0.0.1",
+            )
+            return
+        except Exception as error:  # Ray raises a plain Exception when a busy machine makes it wait over 30 s
+            ray.shutdown()
+            end_processes([child for child in _children() if child not in before])
+            if attempt + 1 == START_ATTEMPTS:
+                raise StageError(
+                    f"Ray does not start ({reason(error)}); set train.num_workers to 0 to train in this process"
+                ) from None
+            print(f"Ray did not start ({reason(error)}); trying again", flush=True)
+
+
+def stop() -> None:
+    """Shut Ray down and see to it that nothing of it is left."""
+    import ray
+
+    children = _children()
+    ray.shutdown()
+    end_processes([child for child in children if "ray" in " ".join(_command(child))])
+
+
+def end_processes(processes: list[Any], grace_s: float = 5.0) -> None:
+    """Ask processes (psutil's) to end, then make them."""
+    import psutil
+
+    for signal_name in ("terminate", "kill"):
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                getattr(process, signal_name)()
+        _, processes = psutil.wait_procs(processes, timeout=grace_s)
+
+
+def _children() -> list[Any]:
+    import psutil
+
+    return psutil.Process().children(recursive=True)
+
+
+def _command(process: Any) -> list[str]:
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline()
+    return []
+
+
+def threads_per_worker(cluster: Cluster) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // cluster.num_workers)
+
+
+def reason(error: BaseException) -> str:
+    """The line that a person needs of an exception that has travelled through several processes.
+
+    Ray wraps a worker's exception, with its traceback as text, at each border; the innermost one is the cause.
+    """
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        first = min(failures)
+        return f"worker {first}: {reason(failures[first])}"
+    cause = getattr(error, "cause", None) or error.__cause__
+    if isinstance(cause, BaseException) and cause is not error:
+        return reason(cause)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
