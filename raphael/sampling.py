@@ -120,7 +120,7 @@ class PictureNoise:
         return self._draw(f"picture step {step}")
 
     def _draw(self, stream: str) -> Tensor:
-        rows = [torch.from_numpy(source.normal(stream, self.shape)) for source in self.sources]
+        rows = [torch.as_tensor(source.normal(stream, self.shape)) for source in self.sources]
         return torch.cat(rows).to(self.device)
 
 

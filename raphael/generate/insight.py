@@ -55,5 +55,5 @@ def look_inside(
 
 def token_words(text_encoder: Any, prompt: str, length: int) -> list[str]:
     """The word at each of the context's positions, "" for padding."""
-    words = list(text_encoder.tokens_of(prompt))[:length]
+    words = ["" if word == "<pad>" else word for word in text_encoder.tokens_of(prompt)[:length]]
     return words + [""] * (length - len(words))

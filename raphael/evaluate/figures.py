@@ -1,0 +1,188 @@
+"""The report's figures as inline SVG and data URIs: text in, text out, the same bytes for the same numbers.
+
+Colours come from the page's custom properties (report.css), so that one drawing serves light, dark and print.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+
+HEAT = np.array([[18, 16, 22], [70, 28, 60], [168, 54, 46], [232, 132, 48], [255, 226, 150]], dtype=np.float64)
+NUM_EXPERT_COLOURS = 8  # --expert-0 ... in report.css
+
+
+def data_uri(picture: np.ndarray, max_side_px: int = 256) -> str:
+    """uint8 (H, W, 3) or (H, W) as a data URI: PNG up to 128 px, larger ones as JPEG of at most max_side_px."""
+    from PIL import Image
+
+    image = Image.fromarray(picture)
+    buffer = io.BytesIO()
+    if max(image.size) <= 128:
+        image.save(buffer, format="PNG", optimize=True)
+        kind = "png"
+    else:
+        image.thumbnail((max_side_px, max_side_px), Image.Resampling.LANCZOS)
+        image.convert("RGB").save(buffer, format="JPEG", quality=88)
+        kind = "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def heat_overlay(picture: np.ndarray, attention: np.ndarray) -> np.ndarray:
+    """A word's attention (h, w), 0..1, laid over the dimmed picture uint8 (H, W, 3) -> uint8 (H, W, 3)."""
+    from PIL import Image
+
+    height, width = picture.shape[:2]
+    heat = Image.fromarray(np.uint8(np.clip(attention, 0, 1) * 255)).resize((width, height), Image.Resampling.BICUBIC)
+    heat = np.asarray(heat, np.float64) / 255
+    place = heat * (len(HEAT) - 1)
+    low = np.clip(place.astype(int), 0, len(HEAT) - 2)
+    colour = HEAT[low] + (place - low)[..., None] * (HEAT[low + 1] - HEAT[low])
+    grey = picture.astype(np.float64).mean(-1, keepdims=True) * 0.55
+    weight = (0.25 + 0.65 * heat)[..., None]
+    return np.uint8(np.clip(grey * (1 - weight) + colour * weight, 0, 255).round())
+
+
+def line_chart(series: dict[str, list[tuple[float, float]]], width: int = 640, height: int = 220) -> str:
+    """Curves over images seen, log scale where the values span more than a decade. series: name -> [(images, value)]."""
+    points = [point for line in series.values() for point in line if math.isfinite(point[1])]
+    if not points:
+        return ""
+    x_max = max(x for x, _ in points) or 1.0
+    values = [y for _, y in points]
+    log = min(values) > 0 and max(values) / min(values) > 10
+    scale = math.log10 if log else float
+    low, high = scale(min(values)), scale(max(values))
+    if not log:
+        low = min(low, 0.0) if low < 0.25 * high else low
+    pad = (high - low or abs(high) or 1.0) * 0.06
+    low, high = low - pad, high + pad
+    left, right, top, bottom = 54, 12, 10, 28
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return (
+            left + (width - left - right) * x / x_max,
+            top + (height - top - bottom) * (1 - (scale(y) - low) / (high - low)),
+        )
+
+    parts = [f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(", ".join(series))}">']
+    for tick in np.linspace(low + pad, high - pad, 4):
+        value = 10**tick if log else tick
+        y = top + (height - top - bottom) * (1 - (tick - low) / (high - low))
+        parts.append(f'<line class="rule" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{left - 8}" y="{y + 3.5:.1f}" text-anchor="end">{value:.3g}</text>')
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        x = left + (width - left - right) * share
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{height - 8}" text-anchor="{_anchor(share)}">{short(x_max * share)}</text>')
+    for index, line in enumerate(series.values()):
+        path = " ".join(f"{'M' if i == 0 else 'L'}{x:.1f} {y:.1f}" for i, (x, y) in enumerate(place(*p) for p in line if math.isfinite(p[1])))
+        parts.append(f'<path class="curve c{index % NUM_EXPERT_COLOURS}" d="{path}"/>')
+    return "".join(parts) + "</svg>"
+
+
+def interval_chart(rows: Sequence[dict[str, Any]], width: int = 640) -> str:
+    """A dot with its 95 % whisker per share, a tick at chance. rows: {label, value, low, high, n, chance or None}."""
+    row_px, left, right = 40, 150, 118
+    height = row_px * len(rows) + 30
+    span = width - left - right
+    parts = [f'<svg class="chart intervals" viewBox="0 0 {width} {height}" role="img" aria-label="accuracies">']
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        x = left + span * share
+        parts.append(f'<line class="rule" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{height - 26}"/>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{height - 8}" text-anchor="middle">{share:.0%}</text>')
+    for index, row in enumerate(rows):
+        y = row_px * index + row_px / 2 + 2
+        x, low, high = (left + span * row[key] for key in ("value", "low", "high"))
+        parts.append(f'<text class="name" x="{left - 16}" y="{y + 4.5:.1f}" text-anchor="end">{escape(row["label"])}</text>')
+        parts.append(f'<line class="track" x1="{left}" x2="{left + span}" y1="{y}" y2="{y}"/>')
+        if row.get("chance") is not None:
+            c = left + span * row["chance"]
+            parts.append(f'<line class="chance" x1="{c:.1f}" x2="{c:.1f}" y1="{y - 8}" y2="{y + 8}"/>')
+        parts.append(f'<line class="whisker" x1="{low:.1f}" x2="{high:.1f}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<circle class="dot" cx="{x:.1f}" cy="{y}" r="5.5"/>')
+        parts.append(
+            f'<text class="value" x="{width - right + 18}" y="{y + 5:.1f}">{row["value"]:.1%}</text>'
+            f'<text class="tick" x="{width}" y="{y + 4.5:.1f}" text-anchor="end">n {row["n"]}</text>'
+        )
+    return "".join(parts) + "</svg>"
+
+
+def routes_chart(words: Sequence[dict[str, Any]], num_experts: int, width: int = 960) -> str:
+    """Every word's way through the blocks: a column a block, in it one slot per expert, a ribbon a word.
+
+    words: {"word", "experts": [one per block]}. Words that share an expert run side by side in its slot.
+    """
+    blocks = len(words[0]["experts"])
+    thick = max(3.0, min(9.0, 72 / len(words)))
+    slot = max(30.0, thick * len(words) * 0.62 + 10)
+    left, right, top, gap = 118, 24, 26, 12
+    height = top + num_experts * (slot + gap) + 8
+    step = (width - left - right) / max(blocks, 1)
+    columns = [left + step * (block + 0.62) for block in range(blocks)]
+    parts = [f'<svg class="chart routes" viewBox="0 0 {width} {height:.0f}" role="img" aria-label="routes of words">']
+    for block, x in enumerate(columns):
+        parts.append(f'<text class="tick" x="{x:.1f}" y="14" text-anchor="middle">block {block + 1}</text>')
+        for expert in range(num_experts):
+            y = top + expert * (slot + gap)
+            parts.append(f'<rect class="slot" x="{x - 15:.1f}" y="{y:.1f}" width="30" height="{slot:.1f}" rx="6"/>')
+            parts.append(f'<text class="slotname" x="{x:.1f}" y="{y + slot / 2 + 3.5:.1f}" text-anchor="middle">{expert + 1}</text>')
+    lines = height - top - 8
+    for index, word in enumerate(words):
+        start = top + lines * (index + 0.5) / len(words)
+        points = [(left - 6.0, start)]
+        for block, expert in enumerate(word["experts"]):
+            mates = [i for i, other in enumerate(words) if other["experts"][block] == expert]
+            offset = (mates.index(index) + 0.5) / len(mates)
+            inner = min(slot - 8, thick * 1.25 * len(mates))
+            middle = top + expert * (slot + gap) + slot / 2
+            points.append((columns[block], middle + (offset - 0.5) * inner))
+        path = f"M{points[0][0]:.1f} {points[0][1]:.1f}"
+        for (x0, y0), (x1, y1) in zip(points[:-1], points[1:], strict=True):
+            bend = (x1 - x0) * 0.5
+            path += f" C{x0 + bend:.1f} {y0:.1f} {x1 - bend:.1f} {y1:.1f} {x1:.1f} {y1:.1f}"
+        path += f" h{right - 4:.0f}"
+        colour = index % NUM_EXPERT_COLOURS
+        parts.append(f'<path class="ribbon c{colour}" d="{path}" stroke-width="{thick:.1f}"><title>{escape(word["word"])}</title></path>')
+        parts.append(f'<text class="word t{colour}" x="{left - 14}" y="{start + 4.5:.1f}" text-anchor="end">{escape(word["word"])}</text>')
+    return "".join(parts) + "</svg>"
+
+
+def time_chart(times: dict[str, Any], width: int = 960) -> str:
+    """Blocks x timesteps, coloured by the time expert in charge; noise at the left, as a picture comes to be."""
+    timesteps, experts = times["timesteps"][::-1], [row[::-1] for row in times["experts"]]
+    left, top, row_px = 118, 22, 20
+    height = top + row_px * len(experts) + 24
+    step = (width - left) / len(timesteps)
+    parts = [f'<svg class="chart times" viewBox="0 0 {width} {height}" role="img" aria-label="time routes">']
+    parts.append(f'<text class="tick" x="{left}" y="13">noise, t = {timesteps[0]}</text>')
+    parts.append(f'<text class="tick" x="{width}" y="13" text-anchor="end">t = {timesteps[-1]}, picture</text>')
+    for block, row in enumerate(experts):
+        y = top + row_px * block
+        parts.append(f'<text class="tick" x="{left - 14}" y="{y + 14}" text-anchor="end">block {block + 1}</text>')
+        start = 0
+        for index in range(1, len(row) + 1):  # equal neighbours are one rectangle
+            if index == len(row) or row[index] != row[start]:
+                x, w = left + step * start, step * (index - start)
+                parts.append(f'<rect class="f{row[start] % NUM_EXPERT_COLOURS}" x="{x:.2f}" y="{y}" width="{w:.2f}" height="{row_px - 4}"/>')
+                if w > 16:
+                    parts.append(f'<text class="inside" x="{x + w / 2:.1f}" y="{y + 12}" text-anchor="middle">{row[start] + 1}</text>')
+                start = index
+    return "".join(parts) + "</svg>"
+
+
+def short(number: float) -> str:
+    """1536000 -> 1.5M, 30720 -> 31k."""
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= limit:
+            return f"{number / limit:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def _anchor(share: float) -> str:
+    return {0: "start", 1: "end"}.get(share, "middle")

@@ -1,0 +1,170 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from truth.tiny_raphael import write_pipeline
+
+from raphael.generate.pipeline import RaphaelPipeline, picture_seeds
+from raphael.sampling import Parts, Sampling, draw_images, draw_latents, image_grid
+from raphael.stage import StageError
+
+ROUNDING = 2e-3  # of latents of order 1: kernels differ between batch sizes in the last bits
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.set_num_threads(1)
+    return write_pipeline(tmp_path_factory.mktemp("model") / "raphael")
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder):
+    return RaphaelPipeline.from_pretrained(folder)
+
+
+def test_a_prompt_becomes_pictures_of_the_trained_size(pipeline):
+    images = pipeline("a red circle", num_inference_steps=2, num_images_per_prompt=2).images
+    assert [image.size for image in images] == [(32, 32)] * 2
+    assert np.any(np.asarray(images[0]) != np.asarray(images[1]))
+
+
+def test_the_same_seed_draws_the_same_bytes_and_another_seed_does_not(pipeline):
+    first, again, other = (pipeline("a star", num_inference_steps=2, seed=seed).images[0] for seed in (5, 5, 6))
+    assert first.tobytes() == again.tobytes() != other.tobytes()
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "ddpm", "ddim"])
+def test_a_picture_is_the_same_whatever_stands_beside_it_in_the_batch(pipeline, sampler):
+    parts, settings = pipeline.parts(), Sampling(sampler, 3, 3.0)
+    prompts, seeds = [f"prompt {i}" for i in range(7)], [(3, i) for i in range(7)]
+    together = draw_latents(parts, prompts, seeds, settings)
+    alone = torch.cat([draw_latents(parts, prompts[i : i + 2], seeds[i : i + 2], settings) for i in range(0, 7, 2)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=ROUNDING)
+
+
+def test_batches_of_one_size_give_the_very_same_bytes_in_any_order(pipeline):
+    parts, settings = pipeline.parts(), Sampling("ddpm", 3, 3.0)
+    prompts, seeds = [f"prompt {i}" for i in range(8)], [(3, i) for i in range(8)]
+    forward = draw_images(parts, prompts, seeds, settings, batch_size=4)
+    second_half = draw_images(parts, prompts[4:], seeds[4:], settings, batch_size=4)
+    assert np.array_equal(forward[4:], second_half)
+
+
+def test_guidance_of_one_batch_equals_two_forwards_put_together_by_hand(pipeline):
+    """One step of DDIM from sigma to 0 is the guided estimate of x_0 itself: D(null) + s (D(c) - D(null))."""
+    parts = pipeline.parts()
+    drawn = {scale: draw_latents(parts, ["a ring"], [(0, 0)], Sampling("ddim", 1, scale)) for scale in (0.0, 1.0, 5.0)}
+    torch.testing.assert_close(drawn[5.0], drawn[0.0] + 5 * (drawn[1.0] - drawn[0.0]), rtol=1e-4, atol=1e-3)
+
+
+def test_without_guidance_a_negative_prompt_changes_nothing_and_with_it_it_does(pipeline):
+    def draw(scale, negative):
+        return pipeline("a", negative, num_inference_steps=1, guidance_scale=scale, output_type="np").images
+
+    assert np.array_equal(draw(1.0, None), draw(1.0, "blue"))
+    assert not np.array_equal(draw(4.0, None), draw(4.0, "blue"))
+
+
+def test_generators_give_their_seed_as_in_diffusers(pipeline):
+    generators = [torch.Generator().manual_seed(7), torch.Generator().manual_seed(8)]
+    assert picture_seeds(0, generators, 2) == [(7, 0), (8, 0)]
+    assert picture_seeds(0, generators[0], 2) == [(7, 0), (7, 1)]
+    with pytest.raises(ValueError, match="one for each of 3 pictures"):
+        picture_seeds(0, generators, 3)
+
+
+def test_another_size_can_be_asked_for_and_one_that_does_not_fit_is_an_error(pipeline):
+    assert pipeline("a", num_inference_steps=1, height=48, width=64).images[0].size == (64, 48)
+    with pytest.raises(ValueError, match="multiples of 8"):
+        pipeline("a", height=30)
+    with pytest.raises(ValueError, match="output_type"):
+        pipeline("a", output_type="jpeg")
+    with pytest.raises(ValueError, match="steps"):
+        pipeline("a", num_inference_steps=0)
+
+
+def test_what_is_inside_has_one_map_per_word_and_one_route_per_block(pipeline):
+    result = pipeline(["a red circle", "CAT"], num_inference_steps=1, collect=True)
+    inside = result.insight
+    blocks, tokens = pipeline.unet.num_blocks, pipeline.text_encoder.context_length
+    assert inside.attention.shape == (2, tokens, 8, 8)
+    assert inside.edges.shape == (2, 8, 8)
+    assert inside.routes.shape == (2, blocks, tokens)
+    real = [i for i, word in enumerate(inside.words[0]) if word]
+    assert [inside.words[0][i] for i in real] == ["<start>", "a", "red", "circle", "<end>"]
+    assert np.allclose(inside.attention[0, real].max((1, 2)), 1)
+    assert 0 <= inside.edges.min() and inside.edges.max() <= 1
+
+
+def test_drawing_leaves_a_network_in_training_as_it_was(pipeline):
+    parts: Parts = pipeline.parts()
+    pipeline.unet.train()
+    draw_latents(parts, ["a"], [(0, 0)], Sampling("ddim", 1, 1.0))
+    assert pipeline.unet.training
+    pipeline.unet.eval()
+
+
+def test_a_checkpoint_that_is_absent_or_of_another_shape_says_so_in_one_line(folder, tmp_path):
+    with pytest.raises(StageError, match="no such folder"):
+        RaphaelPipeline.from_pretrained(tmp_path / "nothing")
+    other = write_pipeline(tmp_path / "raphael")
+    from raphael.checkpoint import read_checkpoint, write_checkpoint
+
+    groups, meta = read_checkpoint(other)
+    meta["unet"]["channels"] = [32, 32]
+    write_checkpoint(other, groups, meta)
+    with pytest.raises(StageError) as error:
+        RaphaelPipeline.from_pretrained(other)
+    assert "expected" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_grid_holds_every_picture_where_it_belongs():
+    pictures = [np.full((8, 8, 3), value, np.uint8) for value in (10, 20, 30)]
+    grid = np.asarray(image_grid(pictures, columns=2, margin_px=2))
+    assert grid.shape == (22, 22, 3)
+    assert (grid[2:10, 2:10] == 10).all() and (grid[2:10, 12:20] == 20).all() and (grid[12:20, 2:10] == 30).all()
+    assert (grid[12:20, 12:20] == 255).all()
+    with pytest.raises(ValueError, match="no pictures"):
+        image_grid([], 2)
+
+
+def test_the_command_draws_prints_and_repeats_itself(folder, tmp_path):
+    from raphael.cli import main
+
+    arguments = ["generate", "a red circle", "a star", "--seed", "7", "--steps", "2", "--num-images", "2", "--checkpoint", str(folder)]
+    assert main([*arguments, "--out", str(tmp_path / "a")]) == 0
+    assert main([*arguments, "--out", str(tmp_path / "b"), "--num-images", "2"]) == 0
+    content = json.loads((tmp_path / "a/images.json").read_text())
+    assert [entry["prompt"] for entry in content["images"]] == ["a red circle"] * 2 + ["a star"] * 2
+    for entry in content["images"]:
+        assert (tmp_path / "a" / entry["file"]).read_bytes() == (tmp_path / "b" / entry["file"]).read_bytes()
+
+
+def test_the_command_shows_routes_and_parameters(folder, capsys):
+    from raphael.cli import main
+
+    assert main(["routes", "a red circle", "--checkpoint", str(folder)]) == 0
+    assert "circle" in capsys.readouterr().out
+    assert main(["routes", "a red circle", "--checkpoint", str(folder), "--json"]) == 0
+    words = json.loads(capsys.readouterr().out)["words"]
+    assert [entry["word"] for entry in words] == ["<start>", "a", "red", "circle", "<end>"]
+    assert main(["info", "--checkpoint", str(folder)]) == 0
+    assert "space experts" in capsys.readouterr().out
+    assert main(["info", "--preset", "tiny"]) == 0
+
+
+def test_the_command_ends_in_one_line_where_there_is_no_checkpoint(tmp_path, capsys):
+    from raphael.cli import main
+
+    assert main(["generate", "a", "--checkpoint", str(tmp_path / "none"), "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("module", ["raphael.cli", "raphael.generate", "raphael.evaluate", "raphael.evaluate.report"])
+def test_help_answers_without_loading_torch(module):
+    code = f"import sys, runpy; sys.argv = ['x', '--help']\ntry: runpy.run_module('{module}', run_name='__main__')\nexcept SystemExit: pass\n"
+    code += "heavy = {'torch', 'cv2', 'pyarrow', 'mlflow', 'PIL'} & set(sys.modules); sys.exit(str(heavy) if heavy else 0)"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, cwd=write_pipeline.__globals__["ROOT"])
