@@ -159,7 +159,8 @@ class _Attempt:
             response.begin()
             return self._judge(response)
         except TimeoutError:
-            raise Refusal("timeout") from None  # while the deadline is not over; _wait_s says "too slow" after it
+            is_over = time.monotonic() >= self.deadline_s - 0.01  # the last wait is cut short by the deadline
+            raise Refusal("too slow" if is_over else "timeout") from None
         except ssl.SSLError:
             raise Refusal("tls") from None
         except ConnectionError:

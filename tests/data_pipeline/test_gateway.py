@@ -1,0 +1,373 @@
+"""The gateway opens nothing but whole public pictures. Servers on loopback and an injected resolver play the web."""
+
+from __future__ import annotations
+
+import io
+import socket
+import socketserver
+import struct
+import threading
+import time
+import urllib.error
+import urllib.request
+import zlib
+from contextlib import contextmanager
+
+import pytest
+from PIL import Image
+
+from data_pipeline import addresses, gateway, picture_header
+from data_pipeline.addresses import Refusal, Resolver, is_public, parse
+from data_pipeline.gateway import Fetched, Gateway, Policy, Refused, fetch
+
+HOST = "pictures.invalid"
+QUICK = {"timeout_s": 0.4, "deadline_s": 1.0, "retries": 0}
+
+
+def picture(kind: str, size=(30, 20)) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", size, "teal").save(stream, kind)
+    return stream.getvalue()
+
+
+def bomb(side: int) -> bytes:
+    """A PNG's header that promises side x side pixels."""
+    ihdr = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 6, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + ihdr + struct.pack(">I", zlib.crc32(ihdr)) + b"\0" * 64
+
+
+def answer(body: bytes, status: str = "200 OK", *headers: str, length: int | None = None) -> bytes:
+    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body) if length is None else length}", *headers]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode() + body
+
+
+@contextmanager
+def web(pages: dict[str, object]):
+    """A server on loopback. pages: path -> the raw answer, or a function of the socket. Yields (port, paths asked)."""
+    asked: list[str] = []
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self):
+            request = b""
+            while b"\r\n\r\n" not in request:
+                piece = self.request.recv(65536)
+                if not piece:
+                    return
+                request += piece
+            path = request.split(b" ")[1].decode()
+            asked.append(path)
+            page = pages.get(path, answer(b"", "404 Not Found"))
+            try:
+                page(self.request) if callable(page) else self.request.sendall(page)
+            except OSError:
+                pass  # the gateway hung up, as it should
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads, block_on_close, allow_reuse_address = True, False, True
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield server.server_address[1], asked
+        server.shutdown()
+
+
+def ask(page: object, **limits) -> Fetched | Refused:
+    with web({"/x": page}) as (port, _):
+        return fetch(f"http://{HOST}/x", Policy(local_host=HOST, local_port=port, **{**QUICK, **limits}))
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "gif"])
+def test_a_whole_picture_of_each_kind_goes_through_byte_for_byte(kind):
+    body = picture(kind)
+    fetched = ask(answer(body))
+    assert isinstance(fetched, Fetched) and fetched.body == body
+    assert (fetched.header.format, fetched.header.width_px, fetched.header.height_px) == (kind, 30, 20)
+
+
+NAMES = {
+    "private.example": ["10.1.2.3"],
+    "loop.example": ["127.0.0.1"],
+    "loop6.example": ["::1"],
+    "half.example": ["93.184.215.14", "192.168.0.1"],
+    "mapped.example": ["::ffff:10.0.0.1"],
+    "metadata.example": ["169.254.169.254"],
+    "nat64.example": ["64:ff9b::7f00:1"],
+    "sixtofour.example": ["2002:7f00:1::"],
+    "unique.example": ["fd00::1"],
+    "cgnat.example": ["100.64.1.1"],
+    "nonsense.example": ["not an address"],
+    "localhost": ["127.0.0.1"],
+    "intranet": ["172.16.0.9"],
+    "xn--bcher-kva.example": ["10.0.0.8"],
+}
+
+HOSTILE = [
+    "http://127.0.0.1:{port}/x", "http://127.1:{port}/x", "http://127.0.0.2:{port}/x", "http://2130706433:{port}/x",
+    "http://0x7f000001:{port}/x", "http://0x7f.0.0.1:{port}/x", "http://0177.0.0.1:{port}/x",
+    "http://017700000001:{port}/x", "http://127.0.0.1.:{port}/x", "http://127.0.0.01:{port}/x",
+    "http://0.0.0.0:{port}/x", "http://0:{port}/x", "http://[::1]:{port}/x", "http://[::]:{port}/x",
+    "http://[::ffff:127.0.0.1]:{port}/x", "http://[::ffff:7f00:1]:{port}/x", "http://[::127.0.0.1]:{port}/x",
+    "http://[64:ff9b::127.0.0.1]:{port}/x", "http://[fe80::1%25eth0]:{port}/x", "http://[fe80::1]:{port}/x",
+    "http://[fd00::1]/x", "http://[2002:7f00:1::]:{port}/x", "http://[ff02::1]/x",
+    "http://169.254.169.254/latest/meta-data/", "http://10.0.0.1/x", "http://192.168.1.1/x", "http://172.16.0.1/x",
+    "http://100.64.0.1/x", "http://198.18.0.1/x", "http://224.0.0.1/x", "http://255.255.255.255/x",
+    "http://240.0.0.1/x", "http://localhost:{port}/x", "http://LOCALHOST:{port}/x", "http://localhost.:{port}/x",
+    "http://loop.example:{port}/x", "http://loop6.example:{port}/x", "http://private.example/x",
+    "http://half.example:{port}/x", "http://mapped.example/x", "http://metadata.example/x",
+    "http://nat64.example:{port}/x", "http://sixtofour.example/x", "http://unique.example/x",
+    "http://cgnat.example/x", "http://nonsense.example/x", "http://intranet/x", "https://loop.example:{port}/x",
+    "http://bücher.example:{port}/x", "http://①②⑦.⓪.⓪.①:{port}/x", "http://127。0。0。1:{port}/x",
+    "http://%31%32%37.0.0.1:{port}/x", "http://user@127.0.0.1:{port}/x", "http://user:word@public.example:{port}/x",
+    "http://public.example@127.0.0.1:{port}/x", "http://127.0.0.1:{port}\\@public.example/x",
+    "http://public.example\\.127.0.0.1:{port}/x", "http://127.0.0.1:{port}\t/x",
+    "http://127.0.0.1:{port}/x\r\nHost: a", " http://127.0.0.1:{port}/x", "http:///127.0.0.1:{port}/x",
+    "http:127.0.0.1:{port}/x", "//127.0.0.1:{port}/x", "file:///etc/hostname", "file://localhost/etc/hostname",
+    "FILE:///etc/hostname", "ftp://127.0.0.1/x", "gopher://127.0.0.1:{port}/_GET%20/x",
+    "data:image/png;base64,iVBORw0KGgo=", "jar:http://127.0.0.1/x", "dict://127.0.0.1:1/x",
+    "unix:///var/run/docker.sock", "javascript:1", "http://public.example:22/x", "http://public.example:25/x",
+    "http://public.example:0/x", "http://public.example:99999/x", "http://public.example:x/", "http://", "", "x",
+    "http://pictures.invalid.example:{port}/x", "http://[::1", "http://a..b/x", "http://" + "a" * 300 + "/x",
+    "http://public.example/" + "x" * 9000,
+]  # fmt: skip
+
+
+def test_hostile_urls_are_refused_and_nothing_is_asked_for(monkeypatch):
+    def resolve(host: str, port: int) -> list[str]:
+        if host not in NAMES:
+            raise socket.gaierror("unknown name")
+        return NAMES[host]
+
+    def no_connection(self, address, port):
+        raise AssertionError(f"connected to {address}")
+
+    assert len(HOSTILE) >= 40
+    with web({"/x": answer(picture("png"))}) as (port, asked):
+        policy = Policy(local_host=HOST, local_port=port, resolver=Resolver(resolve), **QUICK)
+        assert isinstance(fetch(f"http://{HOST}/x", policy), Fetched)  # the server does answer
+        monkeypatch.setattr(gateway._Attempt, "_connect", no_connection)
+        outcomes = {url: fetch(url.format(port=port), policy) for url in HOSTILE}
+        assert all(isinstance(outcome, Refused) for outcome in outcomes.values())
+        assert asked == ["/x"]
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["http://127.0.0.1:{port}/secret", "http://[::1]:{port}/secret", "file:///etc/hostname", "//0x7f.1:{port}/secret",
+     "http://169.254.169.254/", f"http://{HOST}/secret", "http://loop.example:{{port}}/secret", "/loop", "gopher://a/"],
+)  # fmt: skip
+def test_a_redirect_is_judged_like_a_link(location):
+    pages: dict[str, object] = {"/secret": answer(picture("png"))}
+    with web(pages) as (port, asked):
+        pages["/x"] = answer(b"", "302 Found", f"Location: {location.format(port=port)}")
+        pages["/loop"] = pages["/x"]
+        resolver = Resolver(lambda host, port: ["127.0.0.1"])
+        outcome = fetch(f"http://{HOST}/x", Policy(local_host=HOST, local_port=port, resolver=resolver, **QUICK))
+        assert isinstance(outcome, Refused)
+        assert "/secret" not in asked
+
+
+def test_public_hosts_are_connected_to_at_the_checked_address_and_redirects_followed(monkeypatch):
+    """Rebinding: a name that is public when it is checked and private a moment later is not asked a second time."""
+    answers = iter([["93.184.215.14"], ["127.0.0.1"], ["127.0.0.1"]])
+    dialled: list[tuple[str, int]] = []
+    moved = answer(b"", "301 Moved", "Location: /b?c=d%20e")
+    pages: dict[str, object] = {"/a": moved, "/b?c=d%20e": answer(picture("png"))}
+    with web(pages) as (port, asked):
+
+        def connect(self, address, wanted_port):
+            dialled.append((address, wanted_port))
+            return socket.create_connection(("127.0.0.1", port), 1)
+
+        monkeypatch.setattr(gateway._Attempt, "_connect", connect)
+        outcome = fetch("http://rebinding.example/a", Policy(resolver=Resolver(lambda *_: next(answers)), **QUICK))
+        assert isinstance(outcome, Fetched)
+        assert dialled == [("93.184.215.14", 80)] * 2 and asked == ["/a", "/b?c=d%20e"]
+
+
+def endless(connection):
+    connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n" + picture("jpeg")[:400])
+    while True:
+        connection.sendall(b"\0" * 65536)
+
+
+def drip(start: bytes, pause_s: float):
+    def page(connection):
+        connection.sendall(start)
+        while True:
+            time.sleep(pause_s)
+            connection.sendall(b"x")
+
+    return page
+
+
+BAD_ANSWERS = {
+    "http 404": answer(b"gone", "404 Not Found"),
+    "http 500": answer(b"", "500 Oh"),
+    "http 206": answer(picture("png"), "206 Partial Content"),
+    "not a picture": answer(b"<!doctype html><title>This picture has moved</title>"),
+    "not a picture, svg": answer(b"<svg xmlns='http://www.w3.org/2000/svg'></svg>      "),
+    "not a picture, tiff": answer(b"II*\0" + b"\0" * 100),
+    "not a picture, short": answer(b"\xff\xd8\xff"),
+    "empty answer": answer(b""),
+    "truncated": answer(picture("png"), length=10_000),
+    "truncated, jpeg cut but length right": answer(picture("jpeg")[:-80]),
+    "truncated, png cut but length right": answer(picture("png")[:-20]),
+    "truncated, webp": answer(picture("webp")[:-8]),
+    "truncated, gif": answer(picture("gif")[:-4]),
+    "too many pixels": answer(bomb(8000)),
+    "too many bytes": answer(b"", length=10**9),
+    "too many bytes, endless": endless,
+    "compressed answer": answer(zlib.compress(b"\0" * 10**6), "200 OK", "Content-Encoding: gzip"),
+    "timeout": lambda connection: time.sleep(2),
+    "too slow": drip(b"HTTP/1.1 200 OK\r\n\r\n\x89PNG\r\n\x1a\n", 0.1),
+    "too slow, headers": drip(b"HTTP/1.1 200 OK\r\nX: ", 0.1),
+    "answer not understood": b"SSH-2.0-OpenSSH_9.0\r\n\r\n",
+    "answer not understood, header": b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 500 + b"\r\n",
+    "too many redirects": answer(b"", "302 Found", "Location: http://bouncing.example/x"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ANSWERS)
+def test_a_bad_answer_is_refused_with_its_reason(name, monkeypatch):
+    started_s = time.monotonic()
+    if name == "too many redirects":
+        with web({"/x": BAD_ANSWERS[name]}) as (port, _):
+            monkeypatch.setattr(gateway._Attempt, "_connect", lambda *_: socket.create_connection(("127.0.0.1", port)))
+            policy = Policy(resolver=Resolver(lambda *_: ["93.184.215.14"]), **QUICK)
+            outcome = fetch("http://bouncing.example/x", policy)
+    else:
+        outcome = ask(BAD_ANSWERS[name], max_bytes=1_000_000, max_pixels=10**6)
+    assert isinstance(outcome, Refused) and outcome.reason == name.split(",")[0]
+    assert time.monotonic() - started_s < 10  # no hang
+
+
+def test_what_may_pass_is_tried_again_and_what_will_not_is_not():
+    calls = []
+
+    def flaky(connection):
+        calls.append(1)
+        connection.sendall(answer(b"", "503 Busy") if len(calls) == 1 else answer(picture("png")))
+
+    assert isinstance(ask(flaky, retries=1), Fetched) and len(calls) == 2
+    with web({}) as (port, asked):
+        policy = Policy(local_host=HOST, local_port=port, **{**QUICK, "retries": 3})
+        assert fetch(f"http://{HOST}/x", policy) == Refused("http 404")
+        assert asked == ["/x"]
+
+
+def test_a_dead_server_and_an_unknown_name_are_reasons():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    assert fetch(f"http://{HOST}/x", Policy(local_host=HOST, local_port=port, **QUICK)) == Refused("no connection")
+
+    def slow(host, port):
+        time.sleep(3)
+        return ["93.184.215.14"]
+
+    assert fetch("http://slow.example/", Policy(resolver=Resolver(slow), **QUICK)) == Refused("name not found")
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "93.184.215.14", "2606:4700::1", "::ffff:8.8.8.8", "64:ff9b::808:808"])
+def test_public_addresses_are_public(address):
+    assert is_public(address)
+
+
+def test_a_url_is_taken_apart_as_a_browser_would():
+    target = parse("HTTP://Example.COM./a b/ü.jpg?q=1 2#part")
+    assert (target.host, target.port, target.path) == ("example.com", 80, "/a%20b/%C3%BC.jpg?q=1%202")
+    assert parse("https://bücher.example:8443").authority == "xn--bcher-kva.example:8443"
+    with pytest.raises(Refusal):
+        parse("http://0x7f.1/")
+
+
+def test_headers_are_read_at_every_length_without_error():
+    for kind in ("jpeg", "png", "webp", "gif"):
+        body = picture(kind, (70, 50))
+        headers = [picture_header.read_header(body[:cut]) for cut in range(len(body) + 1)]
+        assert {(header.width_px, header.height_px) for header in headers if header} == {(70, 50)}
+
+
+@pytest.fixture
+def running():
+    pages: dict[str, object] = {
+        "/x": answer(picture("png")),
+        "/robots": answer(picture("png"), "200 OK", "X-Robots-Tag: noai"),
+    }
+    with web(pages) as (port, asked), Gateway(Policy(local_host=HOST, local_port=port, **QUICK)) as door:
+        yield door, asked
+
+
+def test_the_gateway_serves_what_it_signed_and_says_why_not(running):
+    door, _ = running
+    with urllib.request.urlopen(door.sign(5, f"http://{HOST}/x")) as response:
+        assert response.read() == picture("png")
+    with urllib.request.urlopen(door.sign(5, f"http://{HOST}/robots")) as response:
+        assert response.headers.get_all("X-Robots-Tag") == ["noai"]
+    with pytest.raises(urllib.error.HTTPError, match="HTTP Error 502: http 404"):
+        urllib.request.urlopen(door.sign(6, f"http://{HOST}/gone"))
+    with pytest.raises(urllib.error.HTTPError, match="HTTP Error 502: private address"):
+        urllib.request.urlopen(door.sign(7, "http://10.0.0.1/"))
+    assert door.answered == 4
+
+
+def test_the_gateway_serves_nothing_that_it_did_not_sign(running):
+    door, asked = running
+    good = door.sign(5, f"http://{HOST}/x")
+    head, row, signature, encoded = good.rsplit("/", 3)
+    other = door.sign(5, "http://a.example/").rsplit("/", 1)[1]
+    forged = [
+        f"{head}/6/{signature}/{encoded}", f"{head}/5/{'0' * 32}/{encoded}", f"{head}/5/{signature}/{other}",
+        f"{head}/", f"{head}/x",
+        f"{head}/5//{encoded}", f"{head}/http://{HOST}/x", f"{head}/é/{signature}/{encoded}".replace("é", "%C3%A9"),
+    ]  # fmt: skip
+    for url in forged:
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(url)
+    with Gateway(door.policy) as another, pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(good.replace(str(door.port), str(another.port)))
+    assert asked == []
+
+
+def test_the_gateway_listens_on_loopback_alone(running):
+    assert running[0].server.server_address[0] == "127.0.0.1"
+
+
+def test_no_host_gets_more_connections_than_allowed(monkeypatch):
+    busy, most, lock = [0], [0], threading.Lock()
+
+    def slow_page(connection):
+        with lock:
+            busy[0] += 1
+            most[0] = max(most[0], busy[0])
+        time.sleep(0.05)
+        connection.sendall(answer(picture("png")))
+        with lock:
+            busy[0] -= 1
+
+    with web({"/x": slow_page}) as (port, _):
+        monkeypatch.setattr(gateway._Attempt, "_connect", lambda *_: socket.create_connection(("127.0.0.1", port)))
+        limits = {"timeout_s": 5, "deadline_s": 10, "per_host": 2}
+        policy = Policy(resolver=Resolver(lambda *_: ["93.184.215.14"]), **limits)
+        outcomes: list = []
+
+        def ask_it() -> None:
+            outcomes.append(fetch("http://one.example/x", policy))
+
+        threads = [threading.Thread(target=ask_it) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert most[0] <= 2 and all(isinstance(outcome, Fetched) for outcome in outcomes)
+
+
+def test_names_are_remembered_but_not_for_ever():
+    asked = []
+    resolver = Resolver(lambda host, port: asked.append(host) or ["93.184.215.14"])
+    for _ in range(3):
+        resolver.addresses("a.example", 80, 1)
+    assert asked == ["a.example"]
+    resolver.cache["a.example"] = (time.monotonic() - addresses.CACHED_S - 1, ["93.184.215.14"])
+    resolver.addresses("a.example", 80, 1)
+    assert len(asked) == 2
