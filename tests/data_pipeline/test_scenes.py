@@ -1,0 +1,117 @@
+"""The drawn corpus: held-out combinations, determinism, captions that say what is there."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from data_pipeline import scene_captions, scenes
+from data_pipeline.scenes import COLOURS, SHAPES, STYLES, SUITES, Scene, heldout_combinations, heldout_scene, scene_of_row
+
+SHARE = 0.12
+SIDES = (64, 128)
+
+
+def training(number: int, seed: int = 0) -> list[Scene]:
+    return [scene_of_row(seed, row, SIDES, SHARE) for row in range(number)]
+
+
+def combinations(scene: Scene) -> set[tuple[str, str, str]]:
+    return {(thing.shape, thing.colour, scene.background) for thing in scene.things}
+
+
+@pytest.mark.parametrize("share", [0.1, 0.12, 0.5])
+def test_at_least_the_stated_share_of_combinations_is_held_out(share):
+    assert share <= len(heldout_combinations(3, share)) / len(scenes.all_combinations()) < share + 0.02
+
+
+def test_no_training_scene_has_a_held_out_combination_but_every_single_value_appears():
+    heldout, seen = heldout_combinations(0, SHARE), set()
+    for scene in training(3000):
+        assert not combinations(scene) & heldout
+        seen |= combinations(scene)
+    assert {shape for shape, _, _ in seen} == set(SHAPES)
+    assert {colour for _, colour, _ in seen} == {background for _, _, background in seen} == set(COLOURS)
+    assert len(seen) > 0.95 * (len(scenes.all_combinations()) - len(heldout))
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_held_out_scenes_have_nothing_but_held_out_combinations(suite):
+    heldout = heldout_combinations(0, SHARE)
+    assert all(combinations(heldout_scene(0, suite, number, 64, SHARE)) <= heldout for number in range(100))
+
+
+def test_a_scene_is_a_function_of_seed_and_row_and_another_process_draws_the_same_bytes():
+    code = (
+        "import hashlib; from data_pipeline import scenes;"
+        "print(hashlib.sha256(b''.join(scenes.draw(scenes.scene_of_row(7, row, (64, 128), 0.12)).tobytes()"
+        " for row in range(40))).hexdigest())"
+    )
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    pictures = {row: scenes.draw(scene_of_row(7, row, SIDES, SHARE)).tobytes() for row in reversed(range(40))}
+    assert there == hashlib.sha256(b"".join(pictures[row] for row in range(40))).hexdigest()
+    assert scene_of_row(8, 0, SIDES, SHARE) != scene_of_row(7, 0, SIDES, SHARE)
+
+
+def test_pictures_have_the_side_asked_for_and_objects_stay_inside_and_apart():
+    for scene in training(400):
+        picture = np.asarray(scenes.draw(scene))
+        assert picture.shape == (scene.side_px, scene.side_px, 3) and SIDES[0] <= scene.side_px <= SIDES[1]
+        for thing in scene.things:
+            assert all(0.02 <= centre - thing.extent / 2 and centre + thing.extent / 2 <= 0.98 for centre in thing.centre)
+        for first, a in enumerate(scene.things):
+            for b in scene.things[:first]:
+                gap = max(abs(x - y) for x, y in zip(a.centre, b.centre, strict=True))
+                assert gap > (a.extent + b.extent) / 2
+
+
+def test_about_six_in_ten_scenes_ask_for_one_object_and_all_styles_words_and_counts_occur():
+    rows = training(3000)
+    assert 0.56 < np.mean([scene.layout == "single" for scene in rows]) < 0.64
+    assert {scene.style for scene in rows} == set(STYLES)
+    assert {scene.word for scene in rows} - {None} == set(scenes.WORDS)
+    assert {len(scene.things) for scene in rows} == {1, 2, 3}
+    assert {scene.background_kind for scene in rows} == {"plain", "gradient"}
+
+
+def test_a_caption_says_what_its_truth_states_and_nothing_that_is_not_there():
+    for row, scene in enumerate(training(500)):
+        text, truth = scene_captions.caption(scene, random.Random(row))
+        words = text.lower().replace(",", " ").replace(".", " ").replace('"', " ").split()
+        colours = {item["colour"] for item in truth["objects"]} | {truth["background"]["colour"]} - {None}
+        assert {word for word in words if word in COLOURS} == colours
+        shapes = {word for word in SHAPES if any(token in (word, word + "s", word + "es") for token in words)}
+        assert shapes == {item["shape"] for item in truth["objects"]}
+        assert {word for word in words if word in STYLES} == ({truth["style"]} - {None})
+        assert {word for word in words if word in ("small", "large")} == ({item["size"] for item in truth["objects"]} - {None})
+        assert (truth["text"] is None) or truth["text"].lower() in words
+        assert " a orange" not in text and " an red" not in text
+
+
+def test_a_relation_told_from_the_other_side_is_the_same_fact():
+    opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+    told = set()
+    for number in range(200):
+        scene = heldout_scene(0, "relation", number, 64, SHARE)
+        relation = scene_captions.caption(scene, random.Random(number), complete=True)[1]["relation"]
+        kind = relation["kind"] if relation["subject"] == 0 else opposite[relation["kind"]]
+        told.add(relation["subject"])
+        first, second = scene.things
+        axis, sign = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}[kind]
+        assert kind == scene.relation and sign * (first.centre[axis] - second.centre[axis]) > 0.3
+    assert told == {0, 1}
+
+
+def test_held_out_prompts_are_distinct_complete_and_evenly_counted():
+    prompts = scene_captions.heldout_prompts(0, 60, 64, SHARE)
+    assert [sum(item["suite"] == suite for item in prompts) for suite in SUITES] == [60] * 4
+    assert len({item["prompt"] for item in prompts}) == 240
+    assert all(item["truth"]["style"] and item["truth"]["background"]["colour"] for item in prompts)
+    counts = [item["truth"]["count"] for item in prompts if item["suite"] == "count"]
+    assert [counts.count(number) for number in (1, 2, 3)] == [20, 20, 20]
+    assert all(item["truth"]["text"] in item["prompt"] for item in prompts if item["suite"] == "text")
