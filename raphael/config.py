@@ -122,7 +122,7 @@ class LoopConfig:
     betas: tuple[float, ...]
     clip_norm: Annotated[float, Range(0)]  # 0: off
     ema_decay: Annotated[float, Range(0, 0.999999)]  # 0: no average
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["auto", "fp32", "bf16"]  # auto: bf16 where the processor multiplies it natively
     log_every_images: Count
     checkpoint_every_images: Count
     sample_every_images: NonNegative  # 0: never
@@ -194,13 +194,15 @@ class UNetConfig:
     edge_layers: Annotated[int, Range(2)]
 
     def __post_init__(self) -> None:
+        if not self.channels:
+            raise ValueError("channels: got an empty list, expected one width per level")
         for level in self.attention_levels:
             if not 0 <= level < len(self.channels):
                 raise ValueError(f"attention_levels: got {level}, expected 0 to {len(self.channels) - 1}, one of the levels")
         for width in self.channels:
             if width % self.norm_groups:
                 raise ValueError(f"channels: got {width}, expected a multiple of norm_groups {self.norm_groups}")
-        for level in self.attention_levels:
+        for level in {*self.attention_levels, len(self.channels) - 1}:  # the middle has a transformer block too
             if self.channels[level] % self.head_dim:
                 raise ValueError(f"channels: got {self.channels[level]}, expected a multiple of head_dim {self.head_dim}")
 

@@ -171,7 +171,7 @@ class UNet(nn.Module):
         h = self.conv_in(x)
         skips = [h]
         for module in self.down:
-            h = self._apply(module, h, cond, blocks)
+            h = self._run_unit(module, h, cond, blocks)
             skips.append(h)
         h = self.middle_in(h, cond.time)
         h, block = self.middle(h, cond)
@@ -180,7 +180,7 @@ class UNet(nn.Module):
         for module in self.up:
             if not isinstance(module, Upsample):
                 h = torch.cat([h, skips.pop()], dim=1)
-            h = self._apply(module, h, cond, blocks)
+            h = self._run_unit(module, h, cond, blocks)
         return UNetOutput(self.conv_out(nn.functional.silu(self.norm_out(h))), blocks)
 
     def transformer_blocks(self) -> list[RaphaelBlock]:
@@ -236,7 +236,7 @@ class UNet(nn.Module):
         return block
 
     @staticmethod
-    def _apply(module: nn.Module, h: Tensor, cond: Conditioning, blocks: list[BlockOutput]) -> Tensor:
+    def _run_unit(module: nn.Module, h: Tensor, cond: Conditioning, blocks: list[BlockOutput]) -> Tensor:
         if not isinstance(module, nn.ModuleList):
             return module(h)
         h = module[0](h, cond.time)

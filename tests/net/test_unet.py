@@ -1,0 +1,133 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from raphael.config import load_preset
+from raphael.net.attention import AttentionSite, CrossAttention, SelfAttention
+from raphael.net.layers import sinusoidal_embedding
+from raphael.net.unet import GateNoise, UNet
+
+CONFIG = load_preset("tiny-debug").unet
+
+
+def inputs(batch=2, side=8):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, CONFIG.latent_channels, side, side, generator=generator)
+    t = torch.linspace(0, 999, batch)
+    context = torch.randn(batch, CONFIG.context_length, CONFIG.context_dim, generator=generator)
+    mask = torch.arange(CONFIG.context_length) < torch.tensor([[5], [9]])[:batch]
+    return x, t, context, mask
+
+
+def unet(**changes):
+    torch.manual_seed(0)
+    net = UNet(replace(CONFIG, **changes))
+    with torch.no_grad():  # the zero-initialised layers would hide everything behind them
+        for parameter in net.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+    return net.eval()
+
+
+def test_the_sd_shape_has_the_sixteen_transformer_blocks_of_the_paper():
+    with torch.device("meta"):
+        assert UNet(load_preset("sd").unet).num_blocks == 16
+        net = UNet(load_preset("raphael-3b").unet)
+    assert net.num_blocks == 16
+    unet_millions = sum(p.numel() for p in net.parameters()) / 1e6
+    # with OpenCLIP-g/14's text tower (354 M) and Stable Diffusion's autoencoder (84 M): three billion, within 5 %
+    assert 2850 <= unet_millions + 354 + 84 <= 3150
+
+
+def test_blocks_come_in_the_order_of_the_forward_pass_with_the_maps_that_are_announced():
+    net = unet()
+    x, t, context, mask = inputs()
+    seen = []
+    output = net(x, t, context, mask, collect=True, edit=lambda site, a: seen.append(site) or a)
+    assert [site.block for site in seen if site.kind == "cross"] == list(range(net.num_blocks))
+    assert [(b.height, b.width) for b in output.blocks] == net.attention_maps_px(8, 8)
+    assert [block.index for block in net.transformer_blocks()] == list(range(net.num_blocks))
+    for block in output.blocks:
+        assert block.edge_logits.shape == (2, 1, block.height, block.width)
+        torch.testing.assert_close(block.attention.sum(-1), torch.ones(2, block.height * block.width))
+
+
+def test_padding_changes_nothing_when_the_mean_is_over_real_tokens_and_something_when_over_all():
+    x, t, context, mask = inputs()
+    other = torch.where(mask.unsqueeze(-1), context, context + 1)
+    real, everything = unet(mean_over="real_tokens"), unet(mean_over="all_tokens")
+    assert torch.equal(real(x, t, context, mask).prediction, real(x, t, other, mask).prediction)
+    assert not torch.allclose(
+        everything(x, t, context, mask).prediction, everything(x, t, other, mask).prediction, atol=1e-4
+    )
+
+
+def test_routes_are_functions_of_the_prompt_and_of_the_timestep_alone():
+    net = unet()
+    x, t, context, mask = inputs()
+    output = net(x, t, context, mask)
+    space, time = net.space_routes(context), net.time_routes(t)
+    assert space.shape == (net.num_blocks, 2, CONFIG.context_length) and time.shape == (net.num_blocks, 2)
+    for index, block in enumerate(output.blocks):
+        assert torch.equal(block.space.expert, space[index])
+        assert torch.equal(block.time.expert, time[index])
+
+
+def test_gate_noise_given_by_the_caller_makes_training_repeatable():
+    net = unet(gate_noise=1.0).train()
+    x, t, context, mask = inputs()
+    generator = torch.Generator().manual_seed(5)
+    space = torch.randn(2, net.num_blocks, CONFIG.context_length, CONFIG.num_space_experts, generator=generator)
+    noise = GateNoise(space, torch.randn(2, net.num_blocks, CONFIG.num_time_experts, generator=generator))
+    first, second = (net(x, t, context, mask, gate_noise=noise).prediction for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, net.eval()(x, t, context, mask).prediction)
+
+
+def test_every_parameter_gets_a_gradient_whatever_was_routed():
+    net = unet(num_space_experts=5, num_time_experts=5)
+    output = net(*inputs())
+    (output.prediction.square().sum() + sum(b.edge_logits.square().sum() for b in output.blocks)).backward()
+    assert [name for name, p in net.named_parameters() if p.grad is None] == []
+
+
+def test_attention_with_an_edit_that_changes_nothing_equals_the_fast_path():
+    torch.manual_seed(0)
+    layer, h = SelfAttention(32, 16), torch.randn(2, 9, 32)
+    site = AttentionSite("self", 0, 3, 3)
+    torch.testing.assert_close(layer(h, site), layer(h, site, edit=lambda site, a: a))
+
+
+def test_cross_attention_is_softmax_of_scaled_scores_head_by_head():
+    torch.manual_seed(0)
+    layer, h, context = CrossAttention(8, 6, 4), torch.randn(1, 5, 8), torch.randn(1, 3, 6)
+    out, attention = layer(h, context, None, AttentionSite("cross", 0, 5, 1))
+    q, kv = h[0] @ layer.q.weight.T, context[0] @ layer.kv.weight.T
+    maps = [torch.softmax(q[:, s] @ kv[:, s].T / 2, dim=-1) for s in (slice(0, 4), slice(4, 8))]
+    values = [maps[i] @ kv[:, 8 + 4 * i : 12 + 4 * i] for i in range(2)]
+    torch.testing.assert_close(attention[0], (maps[0] + maps[1]) / 2)
+    torch.testing.assert_close(out[0], torch.cat(values, -1) @ layer.out.weight.T + layer.out.bias)
+
+
+def test_a_bias_on_the_scores_moves_attention_to_its_token():
+    layer, h, context = CrossAttention(8, 6, 4), torch.randn(1, 5, 8), torch.randn(1, 3, 6)
+    push = torch.tensor([0.0, 50.0, 0.0])
+    _, attention = layer(h, context, None, AttentionSite("cross", 0, 5, 1), bias=lambda site, scores: push)
+    assert attention[..., 1].min() > 0.99
+
+
+def test_the_time_embedding_is_cos_and_sin_at_geometric_frequencies():
+    t, dim = torch.tensor([0.0, 3.0]), 6
+    frequency = 10_000.0 ** (-torch.arange(3) / 3)
+    expected = torch.cat([(t[:, None] * frequency).cos(), (t[:, None] * frequency).sin()], -1)
+    torch.testing.assert_close(sinusoidal_embedding(t, dim), expected)
+
+
+def test_inputs_of_another_shape_are_refused_with_what_was_expected():
+    net = unet()
+    x, t, context, mask = inputs()
+    with pytest.raises(ValueError, match=r"x: got shape \(2, 4, 8, 7\).*multiples of 2"):
+        net(x[..., :7], t, context, mask)
+    with pytest.raises(ValueError, match=r"context: got shape \(2, 15, 32\), expected \(B, 16, 32\)"):
+        net(x, t, context[:, :15], mask[:, :15])

@@ -1,0 +1,143 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from raphael.config import load_config, load_preset
+from raphael.diffusion.denoiser import TextCondition
+from raphael.net.unet import UNet
+from raphael.objectives.denoising import DenoisingObjective, LatentScale
+from raphael.randomness import SampleRng
+from raphael.records import EDGES, MOMENTS, TOKEN_IDS
+
+PRESET = load_preset("tiny-debug")
+SHAPE = PRESET.unet
+TABLE = torch.randn(100, SHAPE.context_dim, generator=torch.Generator().manual_seed(0))
+
+
+def encode_text(tokens):
+    return TextCondition(TABLE[tokens], tokens > 0)
+
+
+def objective(prediction="v", **changes):
+    from pathlib import Path
+
+    torch.manual_seed(0)
+    config = replace(load_config(Path(__file__).parents[2] / "params.yaml").train, **changes)
+    net = UNet(SHAPE)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+    empty = torch.tensor([1, 2] + [0] * (SHAPE.context_length - 2))
+    diffusion = replace(PRESET.diffusion, prediction=prediction)
+    return DenoisingObjective(net, encode_text, empty, diffusion, config, LatentScale(2.0, 0.1)).train()
+
+
+def batch(indices):
+    """Records as a function of their index."""
+    records = []
+    for index in indices:
+        generator = torch.Generator().manual_seed(index)
+        length = 4 + index % 5
+        tokens = torch.zeros(SHAPE.context_length, dtype=torch.long)
+        tokens[:length] = torch.randint(1, 100, (length,), generator=generator)
+        edges = torch.randint(0, 256, (8, 8), generator=generator, dtype=torch.uint8)
+        records.append({MOMENTS: torch.randn(8, 8, 8, generator=generator), TOKEN_IDS: tokens, EDGES: edges})
+    return {name: torch.stack([record[name] for record in records]) for name in records[0]}
+
+
+def rng(indices, seed=3):
+    return SampleRng(seed, 0, indices)
+
+
+def test_the_loss_is_the_weighted_sum_of_its_named_parts():
+    losses = objective(edge_weight=0.3, balance_weight=0.05)(batch(range(6)), rng(range(6)))
+    expected = losses["denoise"] + 0.3 * losses["edge"] + 0.05 * losses["balance"]
+    torch.testing.assert_close(losses["loss"], expected)
+
+
+def test_losses_and_gradients_of_a_batch_are_the_means_over_its_parts():
+    goal = objective()
+    whole, parts = goal(batch(range(6)), rng(range(6))), []
+    whole["loss"].backward()
+    gradients = [p.grad.clone() for p in goal.unet.parameters()]
+    goal.zero_grad()
+    for part in (range(0, 3), range(3, 6)):
+        parts.append(goal(batch(part), rng(part)))
+        (parts[-1]["loss"] / 2).backward()
+    for name in ("loss", "denoise", "edge", "balance"):
+        torch.testing.assert_close((parts[0][name] + parts[1][name]) / 2, whole[name])
+    for mine, p in zip(gradients, goal.unet.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, mine, rtol=1e-4, atol=1e-6)
+
+
+def test_what_a_sample_sees_depends_on_its_index_and_not_on_its_neighbours():
+    goal, seen = objective(), {}
+    goal.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(x=args[0], t=args[1], noise=kwargs["gate_noise"]), with_kwargs=True
+    )
+    goal(batch([7, 1, 5]), rng([7, 1, 5]))
+    together = dict(seen)
+    goal(batch([5]), rng([5]))
+    assert torch.equal(seen["x"][0], together["x"][2]) and seen["t"][0] == together["t"][2]
+    assert torch.equal(seen["noise"].space[0], together["noise"].space[2])
+
+
+def test_the_edge_loss_is_zero_above_the_cut_off_and_counts_by_the_batch_size():
+    indices = range(16)
+    goal = objective(edge_max_timestep=500)
+    times = []
+    goal.unet.register_forward_pre_hook(lambda module, args: times.append(args[1]))
+    edge = goal(batch(indices), rng(indices))["edge"]
+    below = [i for i in indices if times[0][i] <= 500]
+    assert 0 < len(below) < 16
+    alone = [objective(edge_max_timestep=1000)(batch([i]), rng([i]))["edge"] for i in below]
+    torch.testing.assert_close(edge, sum(alone) / 16)
+    above = [i for i in indices if times[0][i] > 500]
+    assert objective(edge_max_timestep=500)(batch(above), rng(above))["edge"] == 0
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_dropped_caption_is_replaced_by_the_empty_one(share):
+    goal, seen = objective(caption_drop=share), []
+    goal.encode_text = lambda tokens: seen.append(tokens) or encode_text(tokens)
+    records = batch(range(4))
+    goal(records, rng(range(4)))
+    expected = goal.empty_tokens.expand(4, -1) if share else records[TOKEN_IDS]
+    assert torch.equal(seen[0], expected)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_a_network_that_predicts_zero_pays_the_mean_square_of_the_target(prediction):
+    goal = objective(prediction)
+    torch.nn.init.zeros_(goal.unet.conv_out.weight)
+    torch.nn.init.zeros_(goal.unet.conv_out.bias)
+    indices = range(64)
+    losses = goal(batch(indices), rng(indices))
+    noise = rng(indices).normal("noise", (4, 8, 8))
+    if prediction == "eps":
+        torch.testing.assert_close(losses["denoise"], noise.square().mean())
+    else:
+        t = (rng(indices).uniform("timestep") * 1000).long()
+        moments, latent_noise = batch(indices)[MOMENTS], rng(indices).normal("latent", (4, 8, 8))
+        mean, log_variance = moments.chunk(2, 1)
+        x0 = (mean + (log_variance / 2).exp() * latent_noise - 0.1) * 2.0
+        alpha_bar = goal.schedule.alpha_bar[t].float().view(-1, 1, 1, 1)
+        torch.testing.assert_close(
+            losses["denoise"], (alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0).square().mean()
+        )
+
+
+def test_the_loads_of_a_gate_sum_to_one():
+    losses = objective()(batch(range(5)), rng(range(5)))
+    for kind, count in (("space", SHAPE.num_space_experts), ("time", SHAPE.num_time_experts)):
+        loads = [losses[f"{kind}_load/block00_expert{k}"] for k in range(count)]
+        torch.testing.assert_close(sum(loads), torch.tensor(1.0))
+
+
+def test_no_gradient_reaches_the_text_encoder():
+    goal, table = objective(), TABLE.clone().requires_grad_()
+    goal.encode_text = lambda tokens: TextCondition(table[tokens], tokens > 0)
+    goal(batch(range(2)), rng(range(2)))["loss"].backward()
+    assert table.grad is None
