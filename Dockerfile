@@ -1,0 +1,27 @@
+# The same set-up as `make setup` on any machine: a test runs these steps outside a container, too.
+FROM python:3.11-slim
+
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends git make libgomp1 \
+    && rm -rf /var/lib/apt/lists/*
+
+ENV DO_NOT_TRACK=true \
+    DVC_NO_ANALYTICS=1 \
+    MLFLOW_DISABLE_TELEMETRY=true \
+    NO_ALBUMENTATIONS_UPDATE=1 \
+    PREFECT_SERVER_ANALYTICS_ENABLED=false \
+    RAY_USAGE_STATS_ENABLED=0
+
+WORKDIR /raphael
+
+# The environment first: it changes less often than the code, and stays in the image's layers.
+COPY Makefile pyproject.toml requirements.lock README.md ./
+COPY .ci .ci
+RUN mkdir -p raphael data_pipeline flows && make setup
+
+COPY . .
+# Without the repository's .git DVC works on the folder alone.
+RUN make setup && .venv/bin/dvc config --local core.no_scm true
+
+ENV PATH=/raphael/.venv/bin:$PATH
+CMD ["make", "demo"]
