@@ -216,7 +216,7 @@ class _Attempt:
         while promised is None or len(body) < promised:
             try:
                 piece = response.read1(PIECE_BYTES if promised is None else min(PIECE_BYTES, promised - len(body)))
-            except http.client.IncompleteRead:
+            except (http.client.IncompleteRead, ConnectionError):  # closed or reset: the server's timing, the same loss
                 raise Refusal("truncated") from None
             if not piece:
                 break

@@ -66,8 +66,9 @@ def write(rows: list[dict], shard_rows: int) -> None:
 
 ROWS = [
     {}, {"failed": True}, {"aesthetic": 4.69}, {"aesthetic": 4.7}, {"watermark": 0.5}, {"watermark": 0.499},
-    {"unsafe": 0.5}, {"similarity": -0.01}, {"width": 47}, {"width": 200}, {"width": 160}, {"similarity": None}, {"unsafe": None},
-    {"watermark": None}, {"aesthetic": None}, {"bytes": "twin", "aesthetic": 1.0}, {"bytes": "twin"}, {"bytes": "twin"},
+    {"unsafe": 0.5}, {"similarity": -0.01}, {"width": 47}, {"width": 200}, {"width": 160}, {"similarity": None},
+    {"unsafe": None}, {"watermark": None}, {"aesthetic": None}, {"bytes": "twin", "aesthetic": 1.0},
+    {"bytes": "twin"}, {"bytes": "twin"},
     {"failed": True}, {"bytes": "twin", "unsafe": 1.0},
 ]  # fmt: skip
 

@@ -190,6 +190,13 @@ def endless(connection):
         connection.sendall(b"\0" * 65536)
 
 
+def reset(connection):
+    connection.sendall(answer(picture("png"), length=10_000))
+    time.sleep(0.1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
 def drip(start: bytes, pause_s: float):
     def page(connection):
         connection.sendall(start)
@@ -210,6 +217,7 @@ BAD_ANSWERS = {
     "not a picture, short": answer(b"\xff\xd8\xff"),
     "empty answer": answer(b""),
     "truncated": answer(picture("png"), length=10_000),
+    "truncated, reset": reset,
     "truncated, jpeg cut but length right": answer(picture("jpeg")[:-80]),
     "truncated, png cut but length right": answer(picture("png")[:-20]),
     "truncated, webp": answer(picture("webp")[:-8]),
