@@ -12,6 +12,7 @@ import sqlite3
 from pathlib import Path
 
 from flows.environment import prepare
+from flows.servers import prefect_for_one_run
 from flows.workspace import PROJECT, fingerprint, make_workspace
 from raphael.stage import StageError, one_clear_line
 from raphael.strict import ConfigError
@@ -45,13 +46,13 @@ def choose_workspace(source: str, coco_dir: str) -> Path:
 
 
 def run_full(root: Path) -> None:
-    """The flow, on a temporary Prefect server: the one that prefect.toml names need not run."""
+    """The flow, on a Prefect server that runs, or on one that ends with it."""
     prepare(root)
-    os.environ.setdefault("PREFECT_API_URL", "")  # set and empty: neither prefect.toml nor a profile is asked
     check_environment()
-    from flows.full import full
+    with prefect_for_one_run(root):
+        from flows.full import full
 
-    full()
+        full()
 
 
 def check_environment() -> None:

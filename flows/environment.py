@@ -21,7 +21,6 @@ SWITCHES = {  # each of these tries the network on its own account when left on,
 HABITS = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else Ray packs the whole folder, data too, when uv is in sight
     "TOKENIZERS_PARALLELISM": "false",
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300",  # a first start on a busy machine takes minutes
     "PREFECT_RESULTS_PERSIST_BY_DEFAULT": "false",  # DVC owns results
 }
 
