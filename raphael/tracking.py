@@ -364,7 +364,8 @@ def public(uri: str) -> str:
 
 
 def warn_away(uri: str, error: Exception, consequence: str) -> None:
-    reason = " ".join(str(error).split())[:200]
+    secret = urlsplit(uri).netloc.rpartition("@")[0]  # MLflow's messages repeat the whole address
+    reason = " ".join(str(error).split()).replace(f"{secret}@", "")[:200] if secret else " ".join(str(error).split())[:200]
     print(f"tracking: {public(uri)} is away or refuses ({type(error).__name__}: {reason}); {consequence}", file=sys.stderr, flush=True)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -110,9 +111,10 @@ def prepare_environment() -> None:
         "RAY_TRAIN_METRICS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_DEDUP_LOGS": "0",
+        "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
     }
     if os.environ.get("RAY_ADDRESS"):
-        del defaults["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"]
+        del defaults["GLOO_SOCKET_IFNAME"], defaults["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"]
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     if not os.environ.get("RAY_ADDRESS") and os.environ.get("RAY_AUTH_MODE", "token") == "token":

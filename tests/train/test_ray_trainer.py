@@ -1,0 +1,143 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from truth import ray_toy
+from truth.toy_training import LOOP, ToyData, ToyObjective
+
+from raphael.checkpoint import CheckpointHome
+from raphael.stage import StageError
+from raphael.train.loop import train
+from raphael.train.ray_trainer import Cluster, fit, prepare_environment, reason, threads_per_worker
+
+ROOT = Path(__file__).parents[2]
+
+# Listeners that are not on loopback, each with its reason.
+EXCEPTIONS = {
+    # torch's TCPStore, by which the ranks find each other, has no setting for the address that it listens on; it belongs to
+    # rank 0, lives as long as the training, and holds the ranks' addresses and counters
+    "ray::RayTrainWorker": 1,
+}
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """fit() sets what Ray reads; it should not outlast the test."""
+    before = dict(os.environ)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def listeners(process):
+    """{(address, port): name of the process} of everything that `process` and its descendants listen on."""
+    found = {}
+    for one in [process, *process.children(recursive=True)]:
+        try:
+            for connection in one.net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    found[connection.laddr.ip, connection.laddr.port] = " ".join(one.cmdline()).split()[0]
+        except (psutil.Error, IndexError):
+            continue
+    return found
+
+
+def ray_processes():
+    return [child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_every_start_has_a_token_of_its_own():
+    tokens = set()
+    for _ in range(2):
+        prepare_environment()
+        assert os.environ["RAY_AUTH_MODE"] == "token" and os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+        tokens.add(os.environ["RAY_AUTH_TOKEN"])
+    assert len(tokens) == 2 and all(len(token) == 64 for token in tokens)
+
+
+def test_a_clusters_own_token_is_left_alone(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "ray-head:6379")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "mine")
+    prepare_environment()
+    assert os.environ["RAY_AUTH_TOKEN"] == "mine" and "GLOO_SOCKET_IFNAME" not in os.environ
+
+
+def test_workers_share_the_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert threads_per_worker(Cluster(2, False, "x", Path("/"))) == 4
+    assert threads_per_worker(Cluster(16, False, "x", Path("/"))) == 1
+
+
+def test_the_innermost_cause_is_what_a_person_reads():
+    class WorkersFailed(Exception):
+        worker_failures = {1: RuntimeError("later"), 0: RuntimeError("Traceback ...\n  file\nTrainingError: the loss is not finite")}
+
+    assert reason(WorkersFailed("two failed")) == "worker 0: TrainingError: the loss is not finite"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_ray_workers_give_the_update_of_one_survive_a_death_and_listen_on_loopback_only(tmp_path):
+    whole = ToyObjective()
+    result = train(whole, ToyData(), LOOP, 7, folder=tmp_path / "alone")
+    seen = {}
+    process = psutil.Process()
+
+    def watch():
+        if (tmp_path / "checkpoints").exists():  # the workers are at it
+            seen.update(listeners(process))
+
+    job = {"folder": str(tmp_path), "pause_s": 0.05, "die_once": True}
+    fit(ray_toy.work, job, Cluster(2, False, "toy", tmp_path / "ray"), watch)
+    assert (tmp_path / "died").exists()
+    groups, meta = CheckpointHome(tmp_path / "checkpoints").newest()
+    for name, tensor in groups["model"].items():
+        if name != "calls":
+            assert (tensor - whole.state_dict()[name]).abs().max() < 2e-5, name
+    assert [point["images"] for point in meta["history"]] == [point["images"] for point in result["history"]]
+
+    assert len(seen) > 5
+    outside = [name for (address, _), name in seen.items() if address.removeprefix("::ffff:") not in ("127.0.0.1", "::1")]
+    for name, allowed in EXCEPTIONS.items():
+        for _ in range(2 * allowed):  # once before and once after the death of a worker
+            if name in outside:
+                outside.remove(name)
+    assert not outside, seen
+    assert not ray_processes()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_failure_in_a_worker_is_one_line_and_leaves_nothing_behind(tmp_path):
+    with pytest.raises(StageError, match="the loss is not finite") as caught:
+        fit(ray_toy.work, {"folder": str(tmp_path), "pause_s": 0.0, "poison": 3}, Cluster(2, False, "bad", tmp_path / "ray"))
+    assert "\n" not in str(caught.value)
+    assert not ray_processes()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_leave_no_process_behind(tmp_path, number):
+    code = (
+        "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); "
+        f"from truth import ray_toy; ray_toy.main({str(tmp_path)!r})"
+    )
+    driver = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 600
+    while not (tmp_path / "checkpoints").exists() and time.monotonic() < deadline:
+        time.sleep(0.5)
+        assert driver.poll() is None
+    family = psutil.Process(driver.pid).children(recursive=True)
+    assert family
+    os.kill(driver.pid, number)
+    assert driver.wait(120) != 0
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive, [one.cmdline() for one in alive]
