@@ -151,12 +151,6 @@ def _at_reading_size(image: np.ndarray) -> np.ndarray:
     return cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_AREA if crop > SIDE else cv2.INTER_CUBIC)
 
 
-def _shades(name: str) -> list[np.ndarray]:
-    """Its own value, its darkest and its lightest shade, (3,) each; black has hardly any darker ones."""
-    base = np.array(COLOURS[name], np.float32)
-    return [base, base * (0.4 if name == "black" else DARKEST), base + LIGHTEST * (255 - base)]
-
-
 def _distance_to_segment(pixels: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Distance of pixels (..., 3) from the line between two colours (3,)."""
     along = b - a
@@ -164,18 +158,32 @@ def _distance_to_segment(pixels: np.ndarray, a: np.ndarray, b: np.ndarray) -> np
     return np.linalg.norm(pixels - (a + share[..., None] * along), axis=-1)
 
 
+@functools.cache
+def _shades() -> np.ndarray:
+    """(10, 24, 3): each colour's shades, sampled on the lines between its own value, its darkest and its lightest shade."""
+    base = np.array(list(COLOURS.values()), np.float32)
+    darkest = np.where(np.array(NAMES)[:, None] == "black", 0.4, DARKEST).astype(np.float32)  # black has hardly any
+    dark, light = base * darkest, base + LIGHTEST * (255 - base)
+    share = np.linspace(0, 1, 8, dtype=np.float32)[:, None, None]
+    return np.concatenate([a + share * (b - a) for a, b in ((base, dark), (base, light), (dark, light))]).transpose(1, 0, 2)
+
+
+def _distances(pixels: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """(N, K) distances of pixels (N, 3) from colours (K, 3)."""
+    square = (pixels * pixels).sum(1)[:, None] - 2 * pixels @ colours.T + (colours * colours).sum(1)
+    return np.sqrt(np.maximum(square, 0))
+
+
 def _distance_to_shades(pixels: np.ndarray, name: str) -> np.ndarray:
-    """Distance from the nearest of a colour's shades: the lines between base, darkest and lightest."""
-    base, dark, light = _shades(name)
-    pairs = ((base, dark), (base, light), (dark, light))
-    return np.minimum.reduce([_distance_to_segment(pixels, a, b) for a, b in pairs])
+    """Distance of pixels (..., 3) from the nearest of a colour's shades."""
+    return _distances(pixels.reshape(-1, 3), _shades()[NAMES.index(name)]).min(1).reshape(pixels.shape[:-1])
 
 
 def _name_pixels(pixels: np.ndarray) -> np.ndarray:
     """Index into NAMES of the nearest colour for pixels (N, 3): to its shades, but its own value counts too."""
-    to_shades = np.stack([_distance_to_shades(pixels, name) for name in NAMES], -1)
-    to_base = np.linalg.norm(pixels[:, None] - np.float32(list(COLOURS.values())), axis=-1)
-    return (to_shades + 0.35 * to_base).argmin(-1)
+    shades = _shades()
+    to_shades = _distances(pixels, shades.reshape(-1, 3)).reshape(len(pixels), *shades.shape[:2])
+    return (to_shades.min(2) + 0.35 * to_shades[:, :, 0]).argmin(1)
 
 
 def _common_name(pixels: np.ndarray) -> str:
@@ -220,8 +228,8 @@ def _components(foreground: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
         x, y, width, height = cv2.boundingRect(contour)
         filled = np.zeros_like(foreground)
         cv2.drawContours(filled, [contour], -1, 1, cv2.FILLED)
-        wide = width > 1.7 * height and height < 0.31 * FINE  # letters that run into each other
-        if max(width, height) >= OBJECT * FINE and min(width, height) >= 0.12 * FINE and not (wide and y > 0.55 * FINE):
+        low = height < 0.295 * FINE and y > 0.60 * FINE  # letters, single or run into each other
+        if max(width, height) >= OBJECT * FINE and min(width, height) >= 0.12 * FINE and not low:
             bodies.append(filled)
         elif height >= LETTER * FINE and y > 0.55 * FINE:
             writing |= filled & closed
@@ -281,13 +289,12 @@ def _shape(body: np.ndarray) -> tuple[str, float]:
     import cv2
 
     stretched = cv2.resize(body.astype(np.float32), (48, 48), interpolation=cv2.INTER_AREA) > 0.5
-    scores = {name: max(_overlap(stretched, mask) for mask in masks) for name, masks in _templates().items()}
-    shape = max(scores, key=scores.get)
-    return shape, scores[shape]
-
-
-def _overlap(a: np.ndarray, b: np.ndarray) -> float:
-    return float((a & b).sum() / (a | b).sum())
+    names, masks = _templates()
+    flat = stretched.ravel().astype(np.float32)
+    both = masks @ flat
+    scores = both / (masks.sum(1) + flat.sum() - both)
+    best = int(scores.argmax())
+    return names[best], float(scores[best])
 
 
 def _disc_or_ring(painted: np.ndarray) -> tuple[str, bool]:
@@ -306,18 +313,19 @@ def _disc_or_ring(painted: np.ndarray) -> tuple[str, bool]:
 
 
 @functools.cache
-def _templates() -> dict[str, list[np.ndarray]]:
-    """Filled shapes stretched to 48 x 48, drawn smoothly and from coarse cells."""
-    out: dict[str, list[np.ndarray]] = {}
+def _templates() -> tuple[list[str], np.ndarray]:
+    """Names, and (K, 48 * 48) filled shapes stretched to a square, drawn smoothly and from coarse cells."""
+    names, masks = [], []
     for name in ("circle", "square", "triangle", "star", "cross", "diamond", "heart"):
         smooth = _inside(name, 240)
-        masks = [smooth]
+        variants = [smooth]
         for cells in (6, 7, 8, 9):
             step = 240 // cells
             coarse = smooth[: step * cells, : step * cells].reshape(cells, step, cells, step).mean((1, 3)) >= 0.45
-            masks.append(coarse.repeat(step, 0).repeat(step, 1))
-        out[name] = [_stretched(mask) for mask in masks]
-    return out
+            variants.append(coarse.repeat(step, 0).repeat(step, 1))
+        names += [name] * len(variants)
+        masks += [_stretched(mask).ravel() for mask in variants]
+    return names, np.array(masks, np.float32)
 
 
 def _stretched(mask: np.ndarray) -> np.ndarray:
@@ -347,9 +355,8 @@ def _inside(name: str, side: int) -> np.ndarray:
         return (u * u + v * v - 1) ** 3 - u * u * v**3 <= 0
     angle, radius = np.arctan2(x, -(y - 0.05)), np.hypot(x, y - 0.05)  # a star of five points
     wedge = np.abs((angle + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
-    inner = 0.42
-    edge = inner * np.sin(np.pi / 5) / (inner * np.sin(wedge + 0) * 0 + np.sin(np.pi / 5) * np.cos(wedge) * inner
-                                        + np.sin(wedge) * (1 - inner * np.cos(np.pi / 5)))  # fmt: skip
+    inner = 0.42  # radius of the notches; the edge runs from a notch (wedge = pi/5) to a tip (wedge = 0)
+    edge = inner * np.sin(np.pi / 5) / (inner * np.sin(np.pi / 5) * np.cos(wedge) + np.sin(wedge) * (1 - inner * np.cos(np.pi / 5)))
     return radius <= 1.05 * edge
 
 
