@@ -5,8 +5,8 @@
       meta.json             what JSON can hold
       manifest.json         size and sha256 of each of these; checked when read
 
-A checkpoint appears whole or not at all: it is written into a hidden sibling, brought to disk, and renamed. Nothing on the
-way back unpickles: a checkpoint from a stranger cannot run code.
+A checkpoint appears whole or not at all: it is written into a hidden sibling, brought to disk, and renamed. Nothing on
+the way back unpickles: a checkpoint from a stranger cannot run code.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], where: str | Pat
     if missing or unknown:
         detail = f"no {missing[0]}" if missing else f"an unknown {unknown[0]}"
         raise CheckpointError(
-            f"{where}: got {detail} ({len(missing)} tensors missing, {len(unknown)} unknown), expected the weights of a "
-            f"{type(module).__name__} of this shape; was it trained with another preset?"
+            f"{where}: got {detail} ({len(missing)} tensors missing, {len(unknown)} unknown), expected the weights "
+            f"of a {type(module).__name__} of this shape; was it trained with another preset?"
         )
     for name, tensor in own.items():
         if tensors[name].shape != tensor.shape:
@@ -153,14 +153,18 @@ class CheckpointHome:
                 warn(f"passing over a checkpoint: {error}")
                 damage.append(error)
         if damage:
-            raise CheckpointError(f"no checkpoint in {self.folder} is whole ({damage[0]}); delete that folder to start over")
+            raise CheckpointError(
+                f"no checkpoint in {self.folder} is whole ({damage[0]}); delete that folder to start over"
+            )
         return None
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
     if folder.is_file():
         kind = "a pickle, which can run code when it is read: refused" if folder.suffix in PICKLES else "a file"
-        raise CheckpointError(f"{folder}: got {kind}; expected a checkpoint folder (safetensors, meta.json, manifest.json)")
+        raise CheckpointError(
+            f"{folder}: got {kind}; expected a checkpoint folder (safetensors, meta.json, manifest.json)"
+        )
     if folder.is_dir() and not (folder / "manifest.json").exists():
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
         if pickles:

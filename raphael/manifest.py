@@ -1,7 +1,8 @@
 """A manifest says what a folder must hold: every file with its size and sha256, and the facts that belong to them.
 
-safetensors, .npy and plain binary files give back a flipped bit without a word; a hash per file, checked when the folder
-is opened, finds it. The manifest is written last, so that a folder without one is unfinished, and it carries its own hash.
+safetensors, .npy and plain binary files give back a flipped bit without a word; a hash per file, checked when the
+folder is opened, finds it. The manifest is written last, so that a folder without one is unfinished, and it carries
+its own hash.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ class ManifestError(StageError, ValueError):
 
 
 def write_manifest(folder: Path, form: str, files: list[str], facts: dict[str, Any]) -> str:
-    """Hash `files` of `folder` and write manifest.json to disk, the last step of finishing a folder. Returns its sha256.
+    """Hash `files` of `folder` and write manifest.json to disk, the last step of finishing a folder. Returns its
+    sha256.
 
     form: name and version of the format, such as "raphael-records/1".
     """
@@ -50,19 +52,31 @@ def read_manifest(folder: str | Path, form: str) -> dict[str, Any]:
         raw = path.read_bytes()
         manifest = json.loads(raw)
     except (FileNotFoundError, NotADirectoryError):
-        raise ManifestError(f"{path}: no such file: {folder} is absent or unfinished; run what makes it again") from None
+        raise ManifestError(
+            f"{path}: no such file: {folder} is absent or unfinished; run what makes it again"
+        ) from None
     except ValueError:  # JSON and UTF-8 errors
         raise ManifestError(f"{path}: damaged (not valid JSON); restore it or run what makes it again") from None
-    content = {name: value for name, value in manifest.items() if name != "sha256"} if isinstance(manifest, dict) else {}
+    content = (
+        {name: value for name, value in manifest.items() if name != "sha256"} if isinstance(manifest, dict) else {}
+    )
     # the bytes must be the canonical ones: otherwise a flipped bit in white space would go unseen
-    if set(content) != {"format", "files", "facts"} or _sha256(content) != manifest.get("sha256") or raw != _canonical(manifest):
+    if (
+        set(content) != {"format", "files", "facts"}
+        or _sha256(content) != manifest.get("sha256")
+        or raw != _canonical(manifest)
+    ):
         raise ManifestError(f"{path}: damaged (its own hash does not fit); restore it or run what makes it again")
     if manifest["format"] != form:
-        raise ManifestError(f"{path}: got format {manifest['format']!r}, expected {form!r}; make it again with this version")
+        raise ManifestError(
+            f"{path}: got format {manifest['format']!r}, expected {form!r}; make it again with this version"
+        )
     return manifest
 
 
-def check_files(folder: str | Path, manifest: dict[str, Any], names: list[str] | None = None, hashes: bool = True) -> None:
+def check_files(
+    folder: str | Path, manifest: dict[str, Any], names: list[str] | None = None, hashes: bool = True
+) -> None:
     """Compare files with the manifest: their sizes always, their sha256 where `hashes`. Raises ManifestError."""
     for name in manifest["files"] if names is None else names:
         path = Path(folder) / name
@@ -70,10 +84,13 @@ def check_files(folder: str | Path, manifest: dict[str, Any], names: list[str] |
         if entry is None or Path(name).name != name:
             raise ManifestError(f"{path}: not in the manifest of {folder}; restore it or run what makes it again")
         if not path.is_file():
-            raise ManifestError(f"{path}: no such file, though the manifest lists it; restore it or run what makes it again")
+            raise ManifestError(
+                f"{path}: no such file, though the manifest lists it; restore it or run what makes it again"
+            )
         if path.stat().st_size != entry["bytes"]:
             raise ManifestError(
-                f"{path}: got {path.stat().st_size} bytes, expected {entry['bytes']}; restore it or run what makes it again"
+                f"{path}: got {path.stat().st_size} bytes, expected {entry['bytes']}; "
+                "restore it or run what makes it again"
             )
         if hashes and (got := file_sha256(path)) != entry["sha256"]:
             raise ManifestError(

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 class SampleRng:
     """Random numbers of the samples of one batch.
 
-    epoch: one number, or one per sample (a batch may reach into the next epoch). indices: (B,), which sample of the data
-    set each is. Streams are free names ("noise", "timestep"): draws of different streams are independent, and drawing the
-    same stream again gives the same numbers. Results are tensors on the CPU.
+    epoch: one number, or one per sample (a batch may reach into the next epoch). indices: (B,), which sample of the
+    data set each is. Streams are free names ("noise", "timestep"): draws of different streams are independent, and
+    drawing the same stream again gives the same numbers. Results are tensors on the CPU.
 
     Costs about 3 microseconds per sample and stream, and 8 ns per normal number.
     """
@@ -63,7 +63,9 @@ class SampleRng:
 
 def stream_key(seed: int, stream: str) -> np.ndarray:
     """Philox' key of a stream, uint64 (2,)."""
-    return np.frombuffer(hashlib.sha256(f"{seed}/{stream}".encode()).digest()[:16], dtype=np.dtype("<u8")).astype(np.uint64)
+    return np.frombuffer(hashlib.sha256(f"{seed}/{stream}".encode()).digest()[:16], dtype=np.dtype("<u8")).astype(
+        np.uint64
+    )
 
 
 def set_counter(bits: np.random.Philox, state: dict, epoch: int, index: int) -> None:
@@ -75,6 +77,6 @@ def set_counter(bits: np.random.Philox, state: dict, epoch: int, index: int) -> 
 
 
 def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    """The order of `count` samples in an epoch, int64 (count,). Sorting raw words keeps it free of numpy's own choices."""
+    """The order of `count` samples in an epoch, int64 (count,). Sorting raw words leaves numpy no choice of its own."""
     bits = np.random.Philox(key=stream_key(seed, "order"), counter=np.array((0, 0, 0, epoch), dtype=np.uint64))
     return np.argsort(bits.random_raw(count), kind="stable")

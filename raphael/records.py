@@ -7,8 +7,8 @@
       edges.bin       (n, E, E) uint8
       manifest.json   sizes and sha256 of the files, fields, facts; written last
 
-One folder is one bucket: all its pictures have one size. Raw VAE moments are stored, not latents: scaling and sampling are
-choices of the training. A memory map reads shuffled records some hundred times faster than a tar does.
+One folder is one bucket: all its pictures have one size. Raw VAE moments are stored, not latents: scaling and sampling
+are choices of the training. A memory map reads shuffled records some hundred times faster than a tar does.
 """
 
 from __future__ import annotations
@@ -59,11 +59,14 @@ class RecordWriter:
             array = arrays[name]
             if array.dtype != dtype or array.shape != (len(keys), *shape):
                 raise ValueError(
-                    f"{self.folder}: field {name}: got {array.dtype} {array.shape}, expected {dtype} {(len(keys), *shape)}"
+                    f"{self.folder}: field {name}: got {array.dtype} {array.shape}, "
+                    f"expected {dtype} {(len(keys), *shape)}"
                 )
         for key in keys:
             if key in self.seen or not key or "\n" in key:
-                raise ValueError(f"{self.folder}: got key {key!r} twice, empty or with a line break; expected unique names")
+                raise ValueError(
+                    f"{self.folder}: got key {key!r} twice, empty or with a line break; expected unique names"
+                )
             self.seen.add(key)
         self.keys.extend(keys)
         for name, file in self.files.items():
@@ -84,7 +87,9 @@ class RecordWriter:
     def __enter__(self) -> RecordWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is None:
             self.close()
         else:
@@ -114,7 +119,9 @@ class Records:
         path = self.folder / f"{name}.bin"
         shape = (len(self.keys), *shape)
         if path.stat().st_size != np.dtype(dtype).itemsize * int(np.prod(shape)):
-            raise RecordsError(f"{path}: got {path.stat().st_size} bytes, expected {dtype} {shape}; run the stage encode again")
+            raise RecordsError(
+                f"{path}: got {path.stat().st_size} bytes, expected {dtype} {shape}; run the stage encode again"
+            )
         if not np.prod(shape):
             return np.empty(shape, dtype)  # an empty file cannot be mapped
         return np.memmap(path, dtype, "r", shape=shape)

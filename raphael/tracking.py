@@ -1,10 +1,12 @@
 """Numbers, pictures and models of a run, in MLflow. The only `import mlflow` of the project.
 
-Where they go: the environment's MLFLOW_TRACKING_URI, else tracking.uri, else SQLite in the workspace (mlflow.db, artifacts in
-mlruns/ beside it), always as an absolute address: a Ray worker has another working directory. The driver creates the run and
-hands its id to whoever logs, so that a restart goes on in the same run, and a crash can be marked as one.
+Where they go: the environment's MLFLOW_TRACKING_URI, else tracking.uri, else SQLite in the workspace (mlflow.db,
+artifacts in mlruns/ beside it), always as an absolute address: a Ray worker has another working directory. The driver
+creates the run and hands its id to whoever logs, so that a restart goes on in the same run, and a crash can be marked
+as one.
 
-A tracking server that is away never stops a training: one warning, points go on into a file, and are sent when it is back.
+A tracking server that is away never stops a training: one warning, points go on into a file, and are sent when it is
+back.
 """
 
 from __future__ import annotations
@@ -85,7 +87,9 @@ class MlflowTracker(NullTracker):
 
     def image(self, key: str, image: Any, step: int) -> None:
         def send(client: MlflowClient) -> None:
-            name = re.compile(re.escape(key.replace("/", "~")) + rf"[%+]step[%+]{step}[%+]")  # how MLflow names the file
+            name = re.compile(
+                re.escape(key.replace("/", "~")) + rf"[%+]step[%+]{step}[%+]"
+            )  # how MLflow names the file
             if not any(name.match(Path(item.path).name) for item in client.list_artifacts(self.run_id, "images")):
                 client.log_image(self.run_id, image, key=key, step=step, synchronous=True)
 
@@ -145,7 +149,9 @@ class MlflowTracker(NullTracker):
         """Send what the journal holds, then empty it. Killed in between, the steps tell what had arrived."""
         if not self.journal.exists():
             return
-        entries = [json.loads(line) for line in self.journal.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        entries = [
+            json.loads(line) for line in self.journal.read_text(encoding="utf-8").splitlines() if line.endswith("}")
+        ]
 
         def send(client: MlflowClient) -> bool:
             for entry in entries:
@@ -179,13 +185,15 @@ def resolve_uri(config: Config, root: str | Path) -> str:
         return f"sqlite:///{Path(root).resolve() / uri.removeprefix('sqlite:///')}"
     if "://" not in uri or uri.startswith("file:"):
         raise ConfigError(
-            f"tracking.uri: got {public(uri)!r}, expected sqlite:///PATH, http://HOST:PORT or nothing (mlflow.db in the workspace)"
+            f"tracking.uri: got {public(uri)!r}, expected sqlite:///PATH, http://HOST:PORT or nothing "
+            "(mlflow.db in the workspace)"
         )
     return uri
 
 
 def create_run(config: Config, root: str | Path, name: str, params: dict[str, Any] | None = None) -> str | None:
-    """Create a run in the experiment tracking.experiment; returns its id, None (after one warning) where nobody answers.
+    """Create a run in the experiment tracking.experiment; returns its id, None (after one warning) where nobody
+    answers.
 
     All settings become params: the configuration's, the preset's under `preset`, and `params`.
     """
@@ -202,7 +210,11 @@ def create_run(config: Config, root: str | Path, name: str, params: dict[str, An
             if experiment.lifecycle_stage == "deleted":
                 client.restore_experiment(experiment_id)
         revision = git_revision(root)
-        tags = {"mlflow.source.type": "LOCAL", "mlflow.source.name": "python -m raphael.train", "git.revision": revision}
+        tags = {
+            "mlflow.source.type": "LOCAL",
+            "mlflow.source.name": "python -m raphael.train",
+            "git.revision": revision,
+        }
         if revision != "unknown":
             tags["mlflow.source.git.commit"] = revision.removesuffix("-dirty")
         run_id = client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
@@ -243,8 +255,8 @@ def closing(tracker: Tracker) -> Iterator[Tracker]:
 def register_model(tracker: Tracker, name: str, folder: Path, sha256: str, facts: dict[str, Any]) -> str | None:
     """Put a trained model into MLflow's registry: a new version of `name`, whose content is a pointer to `folder`.
 
-    The weights stay where DVC has them: MLflow's copy would be a second one. A version of the same content from the same
-    run is not made twice. Returns the version, None where nothing was registered.
+    The weights stay where DVC has them: MLflow's copy would be a second one. A version of the same content from the
+    same run is not made twice. Returns the version, None where nothing was registered.
     """
     if not isinstance(tracker, MlflowTracker):
         return None
@@ -259,7 +271,8 @@ def register_model(tracker: Tracker, name: str, folder: Path, sha256: str, facts
         experiment_id = client.get_run(tracker.run_id).info.experiment_id
         model = client.create_logged_model(
             experiment_id, name=name, source_run_id=tracker.run_id, model_type="text-to-image diffusion",
-            tags={"sha256": sha256, "path": str(folder)}, params={key: str(value) for key, value in flatten(facts).items()},
+            tags={"sha256": sha256, "path": str(folder)}, params={key: str(value) for key, value in
+            flatten(facts).items()},
         )  # fmt: skip
         with tempfile_folder() as home:
             write_json(home / "pointer.json", pointer)
@@ -304,7 +317,7 @@ def journal_of(root: str | Path, run_id: str | None) -> Path:
 
 
 def connect(uri: str) -> MlflowClient:
-    """A client that says nothing to third parties, does not chatter, and does not wait long for a server that is away."""
+    """A client that says nothing to third parties, does not chatter, and does not wait long for a server."""
     import logging
 
     for name, value in (
@@ -365,8 +378,14 @@ def public(uri: str) -> str:
 
 def warn_away(uri: str, error: Exception, consequence: str) -> None:
     secret = urlsplit(uri).netloc.rpartition("@")[0]  # MLflow's messages repeat the whole address
-    reason = " ".join(str(error).split()).replace(f"{secret}@", "")[:200] if secret else " ".join(str(error).split())[:200]
-    print(f"tracking: {public(uri)} is away or refuses ({type(error).__name__}: {reason}); {consequence}", file=sys.stderr, flush=True)
+    reason = (
+        " ".join(str(error).split()).replace(f"{secret}@", "")[:200] if secret else " ".join(str(error).split())[:200]
+    )
+    print(
+        f"tracking: {public(uri)} is away or refuses ({type(error).__name__}: {reason}); {consequence}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 @contextlib.contextmanager

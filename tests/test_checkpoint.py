@@ -114,7 +114,11 @@ def test_tensors_that_share_memory_are_written_apart(tmp_path):
     base = torch.arange(6.0)
     write_checkpoint(tmp_path / "c", {"g": {"a": base, "b": base, "view": base[2:4], "t": base.view(2, 3).t()}}, {})
     got = read_checkpoint(tmp_path / "c")[0]["g"]
-    assert torch.equal(got["b"], base) and torch.equal(got["view"], base[2:4]) and torch.equal(got["t"], base.view(2, 3).t())
+    assert (
+        torch.equal(got["b"], base)
+        and torch.equal(got["view"], base[2:4])
+        and torch.equal(got["t"], base.view(2, 3).t())
+    )
 
 
 def test_weights_of_another_shape_are_refused_in_one_line():

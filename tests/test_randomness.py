@@ -27,7 +27,8 @@ def test_a_longer_draw_begins_with_the_shorter_one():
 
 
 @pytest.mark.parametrize(
-    "other", [SampleRng(1, 0, [5]), SampleRng(0, 1, [5]), SampleRng(0, 0, [6]), SampleRng(0, 5, [0]), SampleRng(5, 0, [0])]
+    "other",
+    [SampleRng(1, 0, [5]), SampleRng(0, 1, [5]), SampleRng(0, 0, [6]), SampleRng(0, 5, [0]), SampleRng(5, 0, [0])],
 )
 def test_seed_epoch_and_index_each_give_other_numbers(other):
     assert not np.isin(SampleRng(0, 0, [5]).normal("noise", (64,)), other.normal("noise", (64,))).any()
@@ -46,7 +47,7 @@ def test_each_sample_may_have_its_own_epoch():
 
 
 def kolmogorov_distance(numbers, distribution):
-    """sqrt(n) times the largest distance between the empirical and the true distribution; above 1.63 in 1 % of cases."""
+    """sqrt(n) times the largest distance between empirical and true distribution; above 1.63 in 1 % of cases."""
     numbers = np.sort(np.asarray(numbers, np.float64).ravel())
     truth = np.array([distribution(x) for x in numbers])
     steps = np.arange(len(numbers) + 1) / len(numbers)

@@ -53,7 +53,9 @@ def test_the_store_is_in_the_workspace_and_the_environment_wins(config, tmp_path
 def test_a_run_holds_all_settings_numbers_pictures_data_and_the_revision(run, config, workspace):
     tracker = run()
     for step in (64, 128):
-        tracker.log({"train/loss": 1 / step, "train/space_load/block00_expert1": 0.25, "train/images_per_s": 80.0}, step)
+        tracker.log(
+            {"train/loss": 1 / step, "train/space_load/block00_expert1": 0.25, "train/images_per_s": 80.0}, step
+        )
     tracker.image("samples/grid", np.zeros((8, 8, 3), np.uint8), 64)
     tracker.dataset("records", "a" * 64, "data/records", "training")
     tracker.close()
@@ -66,7 +68,9 @@ def test_a_run_holds_all_settings_numbers_pictures_data_and_the_revision(run, co
     assert data.data.tags["git.revision"] == "unknown"  # a workspace outside of git
     (entry,) = data.inputs.dataset_inputs
     assert entry.dataset.name == "records" and entry.dataset.digest == "a" * 36
-    assert (workspace / "mlflow.db").exists() and list(workspace.glob(f"mlruns/{tracker.run_id}/artifacts/images/*.png"))
+    assert (workspace / "mlflow.db").exists() and list(
+        workspace.glob(f"mlruns/{tracker.run_id}/artifacts/images/*.png")
+    )
     assert not tracker.journal.exists()
 
 
@@ -102,7 +106,9 @@ def test_two_runs_have_the_same_keys_and_so_compare(run):
     assert a.info.experiment_id == b.info.experiment_id
 
 
-@pytest.mark.parametrize(("error", "status"), [(None, "FINISHED"), (ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")])
+@pytest.mark.parametrize(
+    ("error", "status"), [(None, "FINISHED"), (ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")]
+)
 def test_a_run_ends_as_its_block_does(run, error, status):
     tracker = run()
     try:

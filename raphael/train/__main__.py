@@ -1,7 +1,7 @@
 """The stage `train`: encoded pictures -> models/raphael, a folder that draws by itself.
 
-Training is done by Ray Train workers (train.num_workers) or in this process (0). Kill it at any moment: the same command goes
-on from the newest checkpoint, in the same MLflow run, and ends in the same bytes.
+Training is done by Ray Train workers (train.num_workers) or in this process (0). Kill it at any moment: the same
+command goes on from the newest checkpoint, in the same MLflow run, and ends in the same bytes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ def run(config: Config, stage: Stage) -> None:
     stage.timings["images_per_s"] = rates(folders)
     write_report(stage, meta, parameters)
     if version is not None:
-        print(f"train: version {version} of {config.tracking.experiment} in MLflow's registry ({tracking.public(job.tracking_uri)})")
+        print(
+            f"train: version {version} of {config.tracking.experiment} in MLflow's registry "
+            f"({tracking.public(job.tracking_uri)})"
+        )
 
 
 def open_folders(config: Config, stage: Stage) -> Folders:
@@ -56,7 +59,10 @@ def open_folders(config: Config, stage: Stage) -> Folders:
     places = Folders.of(stage.root, stage.root)
     for path in (places.records, places.autoencoder, places.clip, places.prompts):
         if not path.exists():
-            raise StageError(f"{path.relative_to(stage.root)}: absent; run the stages before this one (dvc repro train, or make demo)")
+            raise StageError(
+                f"{path.relative_to(stage.root)}: absent; run the stages before this one "
+                "(dvc repro train, or make demo)"
+            )
     settings = {"seed": config.seed, "picture": to_dict(config.picture), "train": to_dict(config.train)}
     settings |= {"preset": to_dict(config.model.load()), "drawing": to_dict(config.generate)}
     records = read_manifest(places.records, FORM)["sha256"]
@@ -94,8 +100,8 @@ def work(job: Job, watcher: Watcher) -> None:
     job.folders.events.touch()
     if train.loop.batch_size % max(1, train.num_workers):
         raise StageError(
-            f"train.loop.batch_size: got {train.loop.batch_size} for {train.num_workers} workers, expected a multiple of "
-            "train.num_workers: each takes an equal slice"
+            f"train.loop.batch_size: got {train.loop.batch_size} for {train.num_workers} workers, expected a multiple "
+            "of train.num_workers: each takes an equal slice"
         )
     if train.num_workers == 0:
         from raphael.train.loop import World
@@ -143,7 +149,8 @@ class Watcher:
         shown = "  ".join(f"{name} {point[f'train/{name}']:.4f}" for name in losses)
         rate = point["train/images_per_s"]
         left_s = max(0, self.total - images) / max(rate, 1e-9)
-        return f"train: {images:,}/{self.total:,} images  {shown}  {rate:.1f} images/s  {int(left_s // 60)}:{int(left_s % 60):02d} left"
+        left = f"{int(left_s // 60)}:{int(left_s % 60):02d} left"
+        return f"train: {images:,}/{self.total:,} images  {shown}  {rate:.1f} images/s  {left}"
 
     def print(self, line: str) -> None:
         self.bar.bar.write(line, file=sys.stdout)
@@ -177,7 +184,7 @@ class _Background:
 def write_export(
     config: Config, stage: Stage, folders: Folders, groups: dict[str, Any], meta: dict[str, Any]
 ) -> tuple[str, int]:
-    """Put the pipeline folder together in work/.../export. Returns the sha256 of its manifest and the parameter count."""
+    """Put the pipeline folder together in work/.../export. Returns (sha256 of its manifest, number of parameters)."""
     from raphael.checkpoint import checkpoint_sha256, write_checkpoint
     from raphael.manifest import read_manifest
     from raphael.records import FORM

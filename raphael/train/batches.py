@@ -1,4 +1,4 @@
-"""The order of samples: which samples a step sees is a function of (seed, step, global batch size) and of nothing else."""
+"""The order of samples: which samples a step sees is a function of (seed, step, global batch size) alone."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ class Batches:
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:
-            raise ValueError("got a data set without samples, expected at least one; look at the reports of the earlier stages")
+            raise ValueError(
+                "got a data set without samples, expected at least one; look at the reports of the earlier stages"
+            )
         if self.batch_size % self.world_size:
             raise ValueError(
-                f"got batch_size {self.batch_size} for {self.world_size} workers, expected a multiple of {self.world_size}: "
-                "each takes an equal slice; set loop.batch_size or num_workers in params.yaml"
+                f"got batch_size {self.batch_size} for {self.world_size} workers, expected a multiple of "
+                f"{self.world_size}: each takes an equal slice; set loop.batch_size or num_workers in params.yaml"
             )
 
     def everyone(self, step: int) -> tuple[np.ndarray, np.ndarray]:

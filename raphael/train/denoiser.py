@@ -35,7 +35,13 @@ class Folders:
     @classmethod
     def of(cls, root: Path, work: Path) -> Folders:
         root = Path(root).resolve()
-        return cls(root / "data/records", root / "models/autoencoder", root / "models/clip", root / "data/source/prompts.json", work)
+        return cls(
+            root / "data/records",
+            root / "models/autoencoder",
+            root / "models/clip",
+            root / "data/source/prompts.json",
+            work,
+        )
 
     @property
     def checkpoints(self) -> Path:
@@ -95,19 +101,28 @@ def check_fit(config: Config, records: Records, context_dim: int) -> None:
     """Whether records, encoders and preset belong together. Raises StageError, one line."""
     unet, where = config.model.load().unet, f"preset {config.model.preset}"
     if not len(records):
-        raise StageError(f"{records.folder}: got no records, expected at least one; see reports/encode.json and those before it")
+        raise StageError(
+            f"{records.folder}: got no records, expected at least one; see reports/encode.json and those before it"
+        )
     for name in (MOMENTS, TOKEN_IDS, EDGES):
         if name not in records.fields:
-            raise StageError(f"{records.folder}: got fields {', '.join(records.fields)}, expected {name}; run the stage encode")
+            raise StageError(
+                f"{records.folder}: got fields {', '.join(records.fields)}, expected {name}; run the stage encode"
+            )
     picture = {"height_px": config.picture.height_px, "width_px": config.picture.width_px}
     if records.facts.get("picture") != picture:
-        raise StageError(f"{records.folder}: got pictures of {records.facts.get('picture')}, expected {picture}; run encode again")
+        raise StageError(
+            f"{records.folder}: got pictures of {records.facts.get('picture')}, expected {picture}; run encode again"
+        )
     for what, got, key, expected in (
-        ("latents with channels", records.fields[MOMENTS][1][0] // 2, "latent_channels", unet.latent_channels),
-        ("text vectors of width", context_dim, "context_dim", unet.context_dim),
+        ("latents have channels", records.fields[MOMENTS][1][0] // 2, "latent_channels", unet.latent_channels),
+        ("text vectors have width", context_dim, "context_dim", unet.context_dim),
+        ("texts have tokens", records.fields[TOKEN_IDS][1][0], "context_length", unet.context_length),
     ):
         if got != expected:
-            raise StageError(f"{where}: unet.{key}: got {expected}, but the {what} {got}; set it in the preset to {got}")
+            raise StageError(
+                f"{where}: unet.{key}: got {expected}, but the {what} {got}; set it in the preset to {got}"
+            )
 
 
 def train_denoiser(job: Job, world: World) -> dict[str, Any]:
@@ -137,7 +152,14 @@ def train_denoiser(job: Job, world: World) -> dict[str, Any]:
     )
     loop = job.config.train.loop
     return train(
-        objective, records, loop, job.config.seed, folder=job.folders.checkpoints, tracker=tracker, world=world, hooks=hooks
+        objective,
+        records,
+        loop,
+        job.config.seed,
+        folder=job.folders.checkpoints,
+        tracker=tracker,
+        world=world,
+        hooks=hooks,
     )
 
 
@@ -168,7 +190,9 @@ def sample_prompts(config: Config, prompts_file: Path) -> list[str]:
     longest = max(map(len, suites.values()), default=0)
     turns = [prompts[i] for i in range(longest) for prompts in suites.values() if i < len(prompts)]
     if not turns:
-        raise StageError(f"{prompts_file}: got no prompts, expected at least one; run the stage source, or set train.sample_prompts")
+        raise StageError(
+            f"{prompts_file}: got no prompts, expected at least one; run the stage source, or set train.sample_prompts"
+        )
     return list(dict.fromkeys(turns))[: config.train.num_sample_prompts]
 
 
@@ -192,7 +216,10 @@ def drawing_parts(job: Job, objective: DenoisingObjective) -> Parts:
     device = next(objective.unet.parameters()).device
     autoencoder = load_autoencoder(job.folders.autoencoder).eval().to(device)
     tokenize: Callable[[list[str]], Tensor] = load_text_encoder(job.folders.clip).tokenize
-    side = job.config.picture.height_px // autoencoder.downsampling, job.config.picture.width_px // autoencoder.downsampling
+    side = (
+        job.config.picture.height_px // autoencoder.downsampling,
+        job.config.picture.width_px // autoencoder.downsampling,
+    )
     return Parts(
         unet=objective.unet,
         schedule=objective.schedule,

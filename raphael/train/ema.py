@@ -12,8 +12,8 @@ from torch import Tensor
 class Ema:
     """average <- average + (1 - d) (parameter - average), d = min(decay, (1 + n) / (10 + n)) at the n-th update.
 
-    The ramp lets the first updates forget the random start, so the average needs no correction of bias. decay 0: off, and
-    the average is the parameters themselves.
+    The ramp lets the first updates forget the random start, so the average needs no correction of bias. decay 0: off,
+    and the average is the parameters themselves.
     """
 
     def __init__(self, parameters: dict[str, Tensor], decay: float):

@@ -1,13 +1,13 @@
 """The one training loop: every objective, alone or as one of several workers, resumed bit for bit.
 
-The loop knows nothing of pictures. An objective brings its parameters and a function from a batch to named losses; the loop
-brings order, updates, averages, checkpoints and numbers. Progress is counted in images.
+The loop knows nothing of pictures. An objective brings its parameters and a function from a batch to named losses; the
+loop brings order, updates, averages, checkpoints and numbers. Progress is counted in images.
 
-Several workers: where a torch.distributed process group is up, each rank runs this same function with its `World`. Every
-rank's slice has the same length, so the mean over ranks of the losses is the mean over the global batch, and the update is
-that of world size 1 up to rounding. DDP runs with find_unused_parameters: a parameter that no sample of a rank used gives a
-zero there and nobody waits for it; one that no rank used gets no gradient, as at world size 1. (It also keeps DDP's buckets
-fixed from the first step on, without which a resumed run would sum in another order.)
+Several workers: where a torch.distributed process group is up, each rank runs this same function with its `World`.
+Every rank's slice has the same length, so the mean over ranks of the losses is the mean over the global batch, and the
+update is that of world size 1 up to rounding. DDP runs with find_unused_parameters: a parameter that no sample of a
+rank used gives a zero there and nobody waits for it; one that no rank used gets no gradient, as at world size 1. (It
+also keeps DDP's buckets fixed from the first step on, without which a resumed run would sum in another order.)
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from raphael.train.state import State
 class Objective(Protocol):
     """An nn.Module. Parameters with requires_grad are what is trained.
 
-    objective(batch, rng) -> {"loss": scalar to minimise, a mean over the batch; further losses and statistics by name, of
-    any shape that is the same at every step}. All randomness comes from `rng`, so that it belongs to the sample.
+    objective(batch, rng) -> {"loss": scalar to minimise, a mean over the batch; further losses and statistics by name,
+    of any shape that is the same at every step}. All randomness comes from `rng`, so that it belongs to the sample.
     """
 
     def __call__(self, batch: dict[str, Tensor], rng: SampleRng) -> dict[str, Tensor]: ...
@@ -82,7 +82,8 @@ def _nothing(*_: Any) -> None:
 class Hooks:
     """What others do beside the loop, on rank 0 only.
 
-    on_log(metrics, images): a point was logged. on_sample(images): draw pictures; the objective has the averaged weights.
+    on_log(metrics, images): a point was logged. on_sample(images): draw pictures; the objective has the averaged
+    weights.
     progress(images): a step ended. say(line): something a person should read.
     """
 
@@ -105,11 +106,12 @@ def train(
 ) -> dict[str, Any]:
     """Train `objective` on `data` for loop.num_images images, going on from the newest checkpoint in `folder` if any.
 
-    data: len() and batch(indices) -> arrays (B, ...). folder: of the checkpoints, shared by all ranks; the newest two stay.
+    data: len() and batch(indices) -> arrays (B, ...). folder: of the checkpoints, shared by all ranks; the newest two
+    stay.
     tracker: gets every logged point once (step = images). Points are means over the steps since the one before.
 
-    Returns {"images", "history" (list of points, each with "images" and "train/<name>"), "ema" (averaged weights by name)};
-    the objective holds the last weights. Nothing in it depends on time, rank or restarts.
+    Returns {"images", "history" (list of points, each with "images" and "train/<name>"), "ema" (averaged weights by
+    name)}; the objective holds the last weights. Nothing in it depends on time, rank or restarts.
 
     SIGTERM and Ctrl-C: the step ends, a checkpoint is written, then SystemExit(143) or KeyboardInterrupt. (With several
     workers they agree at the next point logged.) Raises TrainingError where the loss is not finite; CheckpointError.
@@ -256,9 +258,9 @@ def _any_rank(flag: bool, world: World) -> bool:
 class _Watch:
     """Finds the first step whose loss or gradient is not finite.
 
-    On a CPU at once, before the weights are touched; elsewhere reading a number would stop the device at every step, so it
-    is found at the next point logged and always before a checkpoint. With several workers the gradient, shared by all,
-    tells all of them at the same step.
+    On a CPU at once, before the weights are touched; elsewhere reading a number would stop the device at every step,
+    so it is found at the next point logged and always before a checkpoint. With several workers the gradient, shared
+    by all, tells all of them at the same step.
     """
 
     def __init__(self, world: World, batches: Batches, data: Data):
@@ -280,8 +282,8 @@ class _Watch:
         keys = [names[index] if names is not None else f"#{index}" for index in indices]
         shown = ", ".join(keys[:16]) + (f" and {len(keys) - 16} more" if len(keys) > 16 else "")
         raise TrainingError(
-            f"the loss is not finite in the batch after {images:,} images (keys {shown}); the last checkpoint is whole: "
-            "lower loop.learning_rate, lengthen loop.warmup_images, set loop.clip_norm, or look at these samples"
+            f"the loss is not finite in the batch after {images:,} images (keys {shown}); the last checkpoint is "
+            "whole: lower loop.learning_rate, lengthen loop.warmup_images, set loop.clip_norm, or look at these samples"
         )
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from raphael.config import LoopConfig
 
-# Weight decay is for matrices that mix features. Norms, biases and embeddings have none; nor has a bare parameter of any
-# other module, unless its class names it in `decayed`, a tuple of attribute names.
+# Weight decay is for matrices that mix features. Norms, biases and embeddings have none; nor has a bare parameter of
+# any other module, unless its class names it in `decayed`, a tuple of attribute names.
 DECAYED: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("weight",),
     nn.modules.conv._ConvNd: ("weight",),
@@ -45,7 +45,9 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     ]
     groups = [group for group in groups if group["params"]]
     members = [id(parameter) for group in groups for parameter in group["params"]]
-    assert len(members) == len(set(members)) and set(members) == set(trainable), "groups do not partition the parameters"
+    assert len(members) == len(set(members)) and set(members) == set(trainable), (
+        "groups do not partition the parameters"
+    )
     return groups
 
 
@@ -56,7 +58,7 @@ def make_optimizer(module: nn.Module, loop: LoopConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(images: int, loop: LoopConfig) -> float:
-    """The rate of the step that ends at `images` seen: linear warm-up, then constant, or a cosine down to 0 at the end."""
+    """The rate of the step that ends at `images` seen: linear warm-up, then constant, or a cosine down to 0."""
     warm = min(1.0, images / loop.warmup_images) if loop.warmup_images else 1.0
     if loop.schedule == "constant" or images <= loop.warmup_images:
         return loop.learning_rate * warm
@@ -66,7 +68,7 @@ def learning_rate(images: int, loop: LoopConfig) -> float:
 
 
 def clip_gradients(parameters: Iterable[Tensor], clip_norm: float) -> Tensor:
-    """Scale gradients so that their norm over all parameters is at most clip_norm (0: leave them). Returns the norm, ()."""
+    """Scale gradients so that their norm over all parameters is at most clip_norm (0: leave them). Returns the norm."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if clip_norm:

@@ -1,11 +1,12 @@
 """Train with Ray Train workers. The only `import ray` of the project.
 
-Ray starts the workers, forms the process group and restarts the group when one dies; the loop is the same as without. Our
-own checkpoints are the truth: a restarted group goes on from the newest one, and nothing is reported to Ray but the end.
+Ray starts the workers, forms the process group and restarts the group when one dies; the loop is the same as without.
+Our own checkpoints are the truth: a restarted group goes on from the newest one, and nothing is reported to Ray but
+the end.
 
-Safety: Ray's own ports can run any code. They ask for a token that is fresh at every start, and are bound to loopback as far
-as Ray can be told to (tests/train/test_ray_trainer.py lists the listeners and the exceptions). With RAY_ADDRESS set, an
-existing cluster is used and its own rules hold.
+Safety: Ray's own ports can run any code. They ask for a token that is fresh at every start, and are bound to loopback
+as far as Ray can be told to (tests/train/test_ray_trainer.py lists the listeners and the exceptions). With RAY_ADDRESS
+set, an existing cluster is used and its own rules hold.
 """
 
 from __future__ import annotations
@@ -39,10 +40,11 @@ class Cluster:
 
 
 def fit(work: Callable[[Any, Any], Any], job: Any, cluster: Cluster, watch: Callable[[], None] = lambda: None) -> None:
-    """Run work(job, world) in `cluster.num_workers` processes, to the end. watch: called about twice a second meanwhile.
+    """Run work(job, world) in `cluster.num_workers` processes, to the end. watch: called about twice a second
+    meanwhile.
 
-    Ctrl-C, SIGTERM (SystemExit) and exceptions end Ray and all its processes before they go on. Raises StageError with the
-    worker's own line where the training failed.
+    Ctrl-C, SIGTERM (SystemExit) and exceptions end Ray and all its processes before they go on. Raises StageError with
+    the worker's own line where the training failed.
     """
     prepare_environment()
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -52,7 +54,12 @@ def fit(work: Callable[[Any, Any], Any], job: Any, cluster: Cluster, watch: Call
     try:
         trainer = TorchTrainer(
             _in_worker,
-            train_loop_config={"work": work, "job": job, "threads": threads_per_worker(cluster), "use_gpu": cluster.use_gpu},
+            train_loop_config={
+                "work": work,
+                "job": job,
+                "threads": threads_per_worker(cluster),
+                "use_gpu": cluster.use_gpu,
+            },
             torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
             scaling_config=ScalingConfig(num_workers=cluster.num_workers, use_gpu=cluster.use_gpu),
             run_config=RunConfig(
@@ -106,8 +113,10 @@ def prepare_environment() -> None:
     defaults = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run` Ray would pack the whole folder, data too
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's word for "this machine alone": then 127.0.0.1 is a node's address
-        "RAY_agent_register_timeout_ms": "120000",  # on a busy machine its agent needs longer than the raylet would wait
+        # Ray's words for "this machine alone": then it takes 127.0.0.1 for a node's address, on any system
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # on a busy machine its agent needs longer than the raylet would wait
+        "RAY_agent_register_timeout_ms": "120000",
         "RAY_TRAIN_METRICS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_DEDUP_LOGS": "0",

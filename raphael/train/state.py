@@ -1,5 +1,5 @@
-"""Everything a training is at the boundary between two steps: what a checkpoint must hold so that going on from it is the
-same, bit for bit, as never having stopped."""
+"""Everything a training is at the boundary between two steps: what a checkpoint must hold so that going on from it is
+the same, bit for bit, as never having stopped."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ class State:
         self.facts = {"loop": to_dict(loop), **facts}
         self.parameters = {name: value for name, value in objective.named_parameters() if value.requires_grad}
         owned = {name for name, _ in objective.named_parameters()}
-        self.buffers = {name: value for name, value in objective.state_dict(keep_vars=True).items() if name not in owned}
+        self.buffers = {
+            name: value for name, value in objective.state_dict(keep_vars=True).items() if name not in owned
+        }
         self.optimizer = make_optimizer(objective, loop)
         self.ema = Ema(self.parameters, loop.ema_decay)
         self.images = 0
@@ -60,7 +62,10 @@ class State:
             "sums": dict(self.sums),
         }
         meta = {
-            "images_seen": self.images, "summed_steps": self.summed_steps, "history": self.history, "facts": self.facts
+            "images_seen": self.images,
+            "summed_steps": self.summed_steps,
+            "history": self.history,
+            "facts": self.facts,
         }
         return groups, meta
 
@@ -80,7 +85,8 @@ class State:
                 moments = {moment: groups["optimizer"][f"{name}.{moment}"] for moment in MOMENTS}
                 self.optimizer.state[parameter] = {
                     # fused AdamW keeps the count beside the parameter
-                    moment: tensor.to(parameter.device) for moment, tensor in moments.items()
+                    moment: tensor.to(parameter.device)
+                    for moment, tensor in moments.items()
                 }
         device = next(iter(self.parameters.values())).device
         self.sums = {name: tensor.to(device) for name, tensor in groups["sums"].items()}
@@ -91,7 +97,9 @@ class State:
 def _copy(own: dict[str, Tensor], stored: dict[str, Tensor], where: str) -> None:
     if own.keys() != stored.keys():
         name = sorted(own.keys() ^ stored.keys())[0]
-        raise CheckpointError(f"{where}: {name} is only in {'the checkpoint' if name in stored else 'this model'}; other preset?")
+        raise CheckpointError(
+            f"{where}: {name} is only in {'the checkpoint' if name in stored else 'this model'}; other preset?"
+        )
     for name, tensor in own.items():
         if tensor.shape != stored[name].shape:
             raise CheckpointError(

@@ -5,7 +5,9 @@ from raphael.train.batches import Batches
 
 
 def sequence(batches, steps):
-    return [pair for step in range(steps) for pair in zip(*(part.tolist() for part in batches.everyone(step)), strict=True)]
+    return [
+        pair for step in range(steps) for pair in zip(*(part.tolist() for part in batches.everyone(step)), strict=True)
+    ]
 
 
 def test_every_sample_comes_once_per_epoch_and_none_is_dropped():

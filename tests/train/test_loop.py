@@ -27,7 +27,9 @@ def one_thread():
 def toy(folder, objective=None, loop=LOOP, **hooks):
     objective = objective or ToyObjective()
     points = []
-    hooks = Hooks(on_log=lambda point, images: points.append((images, point)), say=hooks.pop("say", lambda _: None), **hooks)
+    hooks = Hooks(
+        on_log=lambda point, images: points.append((images, point)), say=hooks.pop("say", lambda _: None), **hooks
+    )
     return objective, train(objective, ToyData(), loop, 7, folder=folder, hooks=hooks), points
 
 
@@ -52,7 +54,10 @@ def whole(tmp_path_factory):
 
 def child(folder, *arguments, attempt=0):
     environment = {
-        **os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "TOY_ATTEMPT": str(attempt)
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+        "TOY_ATTEMPT": str(attempt),
     }
     command = [sys.executable, toy_training.__file__, str(folder), *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -62,7 +67,9 @@ def test_the_loss_falls_and_every_point_is_there(whole):
     history = whole["result"]["history"]
     assert [point["images"] for point in history] == list(range(40, 481, 40))
     assert history[-1]["train/loss"] < history[0]["train/loss"] < 1.5
-    assert {"train/error", "train/load/0", "train/load/2", "train/gradient_norm", "train/learning_rate"} <= history[0].keys()
+    assert {"train/error", "train/load/0", "train/load/2", "train/gradient_norm", "train/learning_rate"} <= history[
+        0
+    ].keys()
 
 
 @pytest.mark.parametrize("stopped", [8, 96, 104, 200, 472])
@@ -145,7 +152,8 @@ def test_two_workers_give_the_update_of_one_and_resume_to_the_last_bit(tmp_path,
     (tmp_path / "killed").mkdir()
     world_of_two(tmp_path / "whole", 0, 9)
     groups, meta = newest(tmp_path / "whole" / "checkpoints")
-    # the same update as one worker, to rounding, after 60 steps; some slices of four samples leave an expert without any
+    # the same update as one worker, to rounding, after 60 steps; some slices of four samples leave an expert without
+    # any
     for name, tensor in groups["model"].items():
         torch.testing.assert_close(tensor, whole["weights"][name], rtol=0, atol=2e-5, msg=name)
     for point, truth in zip(meta["history"], whole["result"]["history"], strict=True):

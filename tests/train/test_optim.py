@@ -25,13 +25,19 @@ def names(module, groups):
 
 def test_only_mixing_matrices_are_decayed():
     module = nn.ModuleDict({
-        "linear": nn.Linear(2, 2), "conv": nn.Conv2d(2, 2, 1), "up": nn.ConvTranspose2d(2, 2, 1), "norm": nn.GroupNorm(1, 2),
+        "linear": nn.Linear(2, 2), "conv": nn.Conv2d(2, 2, 1), "up": nn.ConvTranspose2d(2, 2, 1), "norm":
+        nn.GroupNorm(1, 2),
         "embedding": nn.Embedding(3, 2), "attention": nn.MultiheadAttention(2, 1), "odd": Odd(),
         "frozen": nn.Linear(2, 2).requires_grad_(False),
     })  # fmt: skip
     decayed, plain = names(module, parameter_groups(module, 0.1))
     assert decayed == {
-        "linear.weight", "conv.weight", "up.weight", "attention.in_proj_weight", "attention.out_proj.weight", "odd.w1"
+        "linear.weight",
+        "conv.weight",
+        "up.weight",
+        "attention.in_proj_weight",
+        "attention.out_proj.weight",
+        "odd.w1",
     }
     assert "embedding.weight" in plain and "norm.weight" in plain and "odd.scale" in plain and "linear.bias" in plain
     assert not any(name.startswith("frozen") for name in decayed | plain)

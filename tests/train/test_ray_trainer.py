@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[2]
 
 # Listeners that are not on loopback, each with its reason.
 EXCEPTIONS = {
-    # torch's TCPStore, by which the ranks find each other, has no setting for the address that it listens on; it belongs to
-    # rank 0, lives as long as the training, and holds the ranks' addresses and counters
+    # torch's TCPStore, by which the ranks find each other, has no setting for the address that it listens on; it
+    # belongs to rank 0, lives as long as the training, and holds the ranks' addresses and counters
     "ray::RayTrainWorker": 1,
 }
 
@@ -77,7 +77,10 @@ def test_workers_share_the_cores(monkeypatch):
 
 def test_the_innermost_cause_is_what_a_person_reads():
     class WorkersFailed(Exception):
-        worker_failures = {1: RuntimeError("later"), 0: RuntimeError("Traceback ...\n  file\nTrainingError: the loss is not finite")}
+        worker_failures = {
+            1: RuntimeError("later"),
+            0: RuntimeError("Traceback ...\n  file\nTrainingError: the loss is not finite"),
+        }
 
     assert reason(WorkersFailed("two failed")) == "worker 0: TrainingError: the loss is not finite"
 
@@ -104,7 +107,9 @@ def test_two_ray_workers_give_the_update_of_one_survive_a_death_and_listen_on_lo
     assert [point["images"] for point in meta["history"]] == [point["images"] for point in result["history"]]
 
     assert len(seen) > 5
-    outside = [name for (address, _), name in seen.items() if address.removeprefix("::ffff:") not in ("127.0.0.1", "::1")]
+    outside = [
+        name for (address, _), name in seen.items() if address.removeprefix("::ffff:") not in ("127.0.0.1", "::1")
+    ]
     for name, allowed in EXCEPTIONS.items():
         for _ in range(2 * allowed):  # once before and once after the death of a worker
             if name in outside:
@@ -117,7 +122,11 @@ def test_two_ray_workers_give_the_update_of_one_survive_a_death_and_listen_on_lo
 @pytest.mark.timeout(900)
 def test_a_failure_in_a_worker_is_one_line_and_leaves_nothing_behind(tmp_path):
     with pytest.raises(StageError, match="the loss is not finite") as caught:
-        fit(ray_toy.work, {"folder": str(tmp_path), "pause_s": 0.0, "poison": 3}, Cluster(2, False, "bad", tmp_path / "ray"))
+        fit(
+            ray_toy.work,
+            {"folder": str(tmp_path), "pause_s": 0.0, "poison": 3},
+            Cluster(2, False, "bad", tmp_path / "ray"),
+        )
     assert "\n" not in str(caught.value)
     assert not ray_processes()
 

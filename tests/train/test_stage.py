@@ -24,7 +24,12 @@ LOOP = {
 
 def outputs(workspace):
     """sha256 of every byte that the stage publishes."""
-    files = [path for folder in ("models/raphael", "reports") for path in sorted((workspace / folder).rglob("*")) if path.is_file()]
+    files = [
+        path
+        for folder in ("models/raphael", "reports")
+        for path in sorted((workspace / folder).rglob("*"))
+        if path.is_file()
+    ]
     return {str(path.relative_to(workspace)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -134,7 +139,9 @@ def test_missing_inputs_are_named(tmp_path):
     shutil.copy(ROOT / "params.yaml", tmp_path)
     process = start(tmp_path)
     _, error = process.communicate(timeout=120)
-    assert process.returncode == 1 and error.strip().startswith("train: error: data/records: absent; run the stages before")
+    assert process.returncode == 1 and error.strip().startswith(
+        "train: error: data/records: absent; run the stages before"
+    )
     assert error.count("\n") == 1
 
 

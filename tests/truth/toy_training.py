@@ -1,4 +1,4 @@
-"""A small objective and data set with everything that a training loop has to get right, and runs of it in child processes."""
+"""A small objective and data set with all that a training loop has to get right, and runs of it in child processes."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class ToyData:
 
 
 class ToyObjective(nn.Module):
-    """Denoises vectors. Three experts chosen by the sample's kind, plain modules: one nobody chose has no gradient at all.
-    A fourth is never chosen; a frozen layer is never trained."""
+    """Denoises vectors. Three experts chosen by the sample's kind, plain modules: one nobody chose has no gradient at
+    all. A fourth is never chosen; a frozen layer is never trained."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,10 @@ def run(folder: str, die_at: int = 0, signal: int = 9, world_size: int = 1, rank
     torch.set_num_threads(1)
     if world_size > 1:
         torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{folder}/rendezvous.{os.environ['TOY_ATTEMPT']}", rank=rank, world_size=world_size
+            "gloo",
+            init_method=f"file://{folder}/rendezvous.{os.environ['TOY_ATTEMPT']}",
+            rank=rank,
+            world_size=world_size,
         )
 
     def progress(images: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from raphael.config import Config, load_config
+from raphael.config import Config, load_config, load_preset
 from raphael.records import EDGES, MOMENTS, TOKEN_IDS, RecordWriter
 from raphael.stage import write_json
 from raphael.strict import to_dict
@@ -17,7 +17,9 @@ COUNT = 40
 
 
 def merge(settings: dict, changes: dict) -> dict:
-    changed = {name: merge(settings[name], value) if isinstance(value, dict) else value for name, value in changes.items()}
+    changed = {
+        name: merge(settings[name], value) if isinstance(value, dict) else value for name, value in changes.items()
+    }
     return {**settings, **changed}
 
 
@@ -30,10 +32,11 @@ def write_workspace(folder: Path, changes: dict) -> Config:
     from raphael.encoders.text import load_text_encoder
 
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {}
-    for name in ("params.yaml", "params.debug.yaml"):
-        settings = merge(settings, yaml.safe_load((ROOT / name).read_text())) if settings else yaml.safe_load((ROOT / name).read_text())
-    settings = merge(settings, {"picture": {"height_px": 32, "width_px": 32}, "generate": {"steps": 2}})
+    settings, debug = (yaml.safe_load((ROOT / name).read_text()) for name in ("params.yaml", "params.debug.yaml"))
+    settings = merge(settings, debug)
+    length = load_preset(debug["model"]["preset"]).unet.context_length
+    sizes = {"picture": {"height_px": 32, "width_px": 32}, "generate": {"steps": 2}, "clip": {"context_length": length}}
+    settings = merge(settings, sizes)
     (folder / "params.yaml").write_text(yaml.safe_dump(merge(settings, changes)))
     config = load_config(folder / "params.yaml")
     torch.manual_seed(0)
@@ -55,7 +58,11 @@ def write_workspace(folder: Path, changes: dict) -> Config:
             TOKEN_IDS: text.tokenize(captions).numpy().astype(np.int32),
             EDGES: rng.integers(0, 256, (COUNT, side, side)).astype(np.uint8),
         })  # fmt: skip
-    prompts = [{"prompt": f"a {name}", "suite": suite, "truth": None, "reference": None}
-               for suite, names in (("single", ("cross", "star")), ("relation", ("pair", "row"))) for name in names]  # fmt: skip
+    suites = {"single": ("cross", "star"), "relation": ("pair", "row")}
+    prompts = [
+        {"prompt": f"a {name}", "suite": suite, "truth": None, "reference": None}
+        for suite, names in suites.items()
+        for name in names
+    ]
     write_json(folder / "data/source/prompts.json", {"source": "scenes", "prompts": prompts})
     return config
