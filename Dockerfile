@@ -14,11 +14,6 @@ ENV DO_NOT_TRACK=true \
 
 WORKDIR /raphael
 
-# The environment first: it changes less often than the code, and stays in the image's layers.
-COPY Makefile pyproject.toml requirements.lock README.md ./
-COPY .ci .ci
-RUN mkdir -p raphael data_pipeline flows && make setup
-
 COPY . .
 # Without the repository's .git DVC works on the folder alone.
 RUN make setup && .venv/bin/dvc config --local core.no_scm true

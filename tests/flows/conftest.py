@@ -13,7 +13,7 @@ from flows import full
 from flows.environment import prepare
 from flows.workspace import make_workspace
 
-SCRIPT = '''
+SCRIPT = """
 import json, os, pathlib, sys, time, yaml
 name, out = sys.argv[1:]
 seed = yaml.safe_load(open("params.yaml"))["generate"]["seed"] if name == "generate" else 0
@@ -25,12 +25,12 @@ if seed == 77:
 pathlib.Path(out).write_text(f"{name} {seed}")
 pathlib.Path("reports").mkdir(exist_ok=True)
 pathlib.Path(f"reports/{name}.json").write_text(json.dumps({"total": 3, "kept": 2, "dropped": {"late": 1}}))
-'''
+"""
 
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace whose stages pass a text along; only `generate` reads a setting (generate.seed; 99 fails, 77 sleeps)."""
+    """A workspace whose stages pass a text along; only `generate` reads a setting, its seed (99 fails, 77 sleeps)."""
     root = make_workspace(tmp_path_factory.mktemp("toy"), [])
     (root / "toy.py").write_text(SCRIPT)
     stages, before = {}, None

@@ -75,7 +75,8 @@ def test_a_signal_to_the_one_who_waits_leaves_no_process_behind(number: int) -> 
         "from raphael.stage import one_clear_line\n"
         f"inner = {inner!r}\n"
         "with one_clear_line('outer') as outcome:\n"
-        "    run_group([sys.executable, '-c', inner], Path.cwd(), {**os.environ}, lambda text: print(text, flush=True))\n"
+        "    say = lambda text: print(text, flush=True)\n"
+        "    run_group([sys.executable, '-c', inner], Path.cwd(), {**os.environ}, say)\n"
         "sys.exit(outcome.status)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", outer], cwd=PROJECT, stdout=subprocess.PIPE, text=True)
