@@ -1,8 +1,9 @@
-"""Measure the drawn pictures: what they show (exact, for drawn scenes), how well they fit their prompts, how far they are
-from real ones. Writes reports/evaluate.json."""
+"""Measure the drawn pictures: what they show (exact, for scenes), how well they fit their prompts, how far they are from
+real ones. Writes reports/evaluate.json."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ MODEL = Path("models/raphael")
 SHARDS = Path("data/shards")
 CAPTIONS = Path("data/captions/captions.parquet")
 RETRIEVAL_CHOICES = 20
+GRID_PICTURES = 32
 
 
 def run(config: Config, stage: Stage) -> None:
@@ -30,7 +32,7 @@ def run(config: Config, stage: Stage) -> None:
         facts |= score(entries, _read(stage, pictures))
     facts |= compare(config, stage, entries, pictures)
     stage.report(len(entries), len(entries), **facts)
-    log(config, stage, facts)
+    log(config, stage, facts, pictures)
 
 
 def compare(config: Config, stage: Stage, entries: list[dict[str, Any]], pictures: list[np.ndarray]) -> dict[str, Any]:
@@ -49,7 +51,7 @@ def compare(config: Config, stage: Stage, entries: list[dict[str, Any]], picture
         facts["clip_score_absent_because"] = reason
         if space is None:
             return facts
-    clip_space = scorer and FeatureSpace(f"fd_clip{suffix}", lambda batch: np.asarray(scorer.embed_images(batch), np.float64))
+    clip_space = scorer and FeatureSpace(f"fd_clip{suffix}", lambda batch: np.asarray(scorer.embed_images(batch)))
     height, width = pictures[0].shape[:2]
     reference = list(reference_pictures(SHARDS, CAPTIONS, config.evaluate.max_reference_images, height, width))
     spaces = [item for item in (space, clip_space) if item]
@@ -61,7 +63,7 @@ def compare(config: Config, stage: Stage, entries: list[dict[str, Any]], picture
             facts[f"{item.metric(len(pictures))}_reference"] = f"{len(reference)} training pictures"
     if scorer is None:
         return facts
-    texts = np.concatenate([np.asarray(scorer.embed_texts([entry["prompt"] for entry in part])) for part in _parts(entries)])
+    texts = np.asarray(scorer.embed_texts([entry["prompt"] for entry in entries]))
     name = f"clip_score{suffix}"
     facts[name] = round(cs.clip_score(features, texts), 6)
     if len(pictures) > 1:
@@ -98,14 +100,21 @@ def load_picture(path: Path) -> np.ndarray:
         raise StageError(f"{path}: not a whole picture ({error}); delete it and run the stage generate again") from None
 
 
-def log(config: Config, stage: Stage, facts: dict[str, Any]) -> None:
-    """Numbers of the top level go into the training's run, if there is one: the model and its measure belong together."""
-    from raphael.tracking import run_tracker
+def log(config: Config, stage: Stage, facts: dict[str, Any], pictures: list[np.ndarray]) -> None:
+    """Into the run that trained the model: the numbers of the top level, the report and a grid of the first pictures.
+
+    The step is the time in seconds, so that a later evaluation of the same model (another seed) is a later point.
+    """
+    from raphael.checkpoint import checkpoint_sha256
+    from raphael.sampling import image_grid
+    from raphael.tracking import tracker_of_model
 
     metrics = {f"evaluate/{key}": float(value) for key, value in facts.items() if isinstance(value, (int, float))}
     metrics |= {f"evaluate/chance/{key}": value for key, value in facts.get("chance", {}).items() if value is not None}
-    tracker = run_tracker(config, stage.root)
-    tracker.log(metrics, step=0)
+    tracker, step = tracker_of_model(config, stage.root, checkpoint_sha256(MODEL)), int(time.time())
+    tracker.log(metrics, step=step)
+    tracker.image("evaluate/first_pictures", image_grid(pictures[:GRID_PICTURES], columns=8), step)
+    tracker.artifact(stage.root / "reports" / "evaluate.json")
     tracker.close()
 
 
@@ -118,10 +127,6 @@ def _read(stage: Stage, pictures: list[np.ndarray]) -> list[Any]:
             readings.append(read_scene(picture))
             bar.update(1)
     return readings
-
-
-def _parts(entries: list[dict[str, Any]], size: int = 100) -> list[list[dict[str, Any]]]:
-    return [entries[start : start + size] for start in range(0, len(entries), size)]
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ reach against the truths of OTHER prompts of their suite (chance: what a model t
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ HEADLINE_SUITES = {  # the pictures behind each number at the top; None: every p
     "text": "text",
     "style": None,
 }
-CHANCE_SHIFTS = 5
+CHANCE_DRAWS = 5
 
 
 def read_pictures(pictures: Sequence[np.ndarray]) -> list[SceneReading]:
@@ -65,13 +66,16 @@ def _outcomes(verdicts: list[tuple[str, dict[str, bool | None]]], attribute: str
 
 
 def _against_others(judged: list[tuple[dict[str, Any], SceneReading]]) -> list[tuple[str, dict[str, bool | None]]]:
-    """Every picture judged against the truths of a few other pictures of its suite, at fixed distances around the ring."""
+    """Every picture judged against the truths of a few other pictures of its suite, drawn once and for all.
+
+    Drawn, not at fixed distances: prompts come in cycles (one, two, three objects), which distances would resonate with.
+    """
     verdicts = []
     for suite in sorted({entry["suite"] for entry, _ in judged}):
         members = [item for item in judged if item[0]["suite"] == suite]
-        shifts = {max(1, len(members) * part // (CHANCE_SHIFTS + 1)) for part in range(1, CHANCE_SHIFTS + 1)}
-        for shift in sorted(shift for shift in shifts if shift < len(members)):
-            for index, (_, reading) in enumerate(members):
-                other = members[(index + shift) % len(members)][0]
+        rng = random.Random(suite)
+        for index, (_, reading) in enumerate(members):
+            for place in rng.sample(range(len(members) - 1), min(CHANCE_DRAWS, len(members) - 1)):
+                other = members[place + (place >= index)][0]
                 verdicts.append((suite, judge(reading, other["truth"])))
     return verdicts

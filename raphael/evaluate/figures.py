@@ -119,9 +119,10 @@ def routes_chart(words: Sequence[dict[str, Any]], num_experts: int, width: int =
     words: {"word", "experts": [one per block]}. Words that share an expert run side by side in its slot.
     """
     blocks = len(words[0]["experts"])
-    thick = max(3.0, min(9.0, 72 / len(words)))
-    slot = max(30.0, thick * len(words) * 0.62 + 10)
-    left, right, top, gap = 118, 24, 26, 12
+    crowd = max(sum(w["experts"][b] == word["experts"][b] for w in words) for word in words for b in range(blocks))
+    thick = 5.5
+    slot = max(34.0, thick * 1.4 * crowd + 12)  # as high as the fullest slot needs
+    left, right, top, gap = 118, 24, 26, 14
     height = top + num_experts * (slot + gap) + 8
     step = (width - left - right) / max(blocks, 1)
     columns = [left + step * (block + 0.62) for block in range(blocks)]
@@ -131,7 +132,7 @@ def routes_chart(words: Sequence[dict[str, Any]], num_experts: int, width: int =
         for expert in range(num_experts):
             y = top + expert * (slot + gap)
             parts.append(f'<rect class="slot" x="{x - 15:.1f}" y="{y:.1f}" width="30" height="{slot:.1f}" rx="6"/>')
-            parts.append(f'<text class="slotname" x="{x:.1f}" y="{y + slot / 2 + 3.5:.1f}" text-anchor="middle">{expert + 1}</text>')
+            parts.append(f'<text class="slotname" x="{x - 22:.1f}" y="{y + 11:.1f}" text-anchor="end">{expert + 1}</text>')
     lines = height - top - 8
     for index, word in enumerate(words):
         start = top + lines * (index + 0.5) / len(words)
@@ -139,7 +140,7 @@ def routes_chart(words: Sequence[dict[str, Any]], num_experts: int, width: int =
         for block, expert in enumerate(word["experts"]):
             mates = [i for i, other in enumerate(words) if other["experts"][block] == expert]
             offset = (mates.index(index) + 0.5) / len(mates)
-            inner = min(slot - 8, thick * 1.25 * len(mates))
+            inner = thick * 1.4 * len(mates)
             middle = top + expert * (slot + gap) + slot / 2
             points.append((columns[block], middle + (offset - 0.5) * inner))
         path = f"M{points[0][0]:.1f} {points[0][1]:.1f}"

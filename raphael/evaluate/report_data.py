@@ -21,8 +21,10 @@ ATTRIBUTE_LABELS = {
     "text": "printed word",
     "style": "drawing style",
 }
-GALLERY_PER_SUITE = {"single": 12}
-GALLERY_OTHERS = 6
+GALLERY_PER_SUITE = {"single": 10}
+GALLERY_OTHERS = 5
+SMALL_WORDS = {"a", "an", "the", "of", "on", "in", "with", "and", "is", "to", "at", "for", ",", ".", "drawing", "picture", "image", "drawn", "plain"}
+MAX_ROUTED_WORDS = 9
 INSIDE_PROMPTS = 3
 
 
@@ -189,7 +191,8 @@ def inside(config: Config, model: Path, generated: Path, drawn: dict[str, Any]) 
     examples = []
     for row, prompt in enumerate(prompts):
         words = token_routes(pipeline, prompt)
-        content = [word for word in words if not _is_marker(word["word"])] or words
+        named = [word for word in words if not _is_marker(word["word"])] or words
+        content = [word for word in named if word["word"] not in SMALL_WORDS] or named
         shown = [i for i, word in enumerate(seen.words[row]) if word and not _is_marker(word)][:12]
         examples.append({
             "prompt": prompt,
@@ -198,7 +201,7 @@ def inside(config: Config, model: Path, generated: Path, drawn: dict[str, Any]) 
                      for i in shown],
             "edge_target": figures.data_uri(_enlarged(targets[row])),
             "edge_predicted": figures.data_uri(_enlarged(np.uint8(seen.edges[row] * 255))),
-            "routes": figures.routes_chart(content[:14], pipeline.unet.config.num_space_experts),
+            "routes": figures.routes_chart(content[:MAX_ROUTED_WORDS], pipeline.unet.config.num_space_experts),
         })
     return {
         "insight": examples,
