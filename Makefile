@@ -6,6 +6,7 @@ MAKEFLAGS += --no-print-directory
 
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
+CODE := $(wildcard raphael data_pipeline flows tests benchmarks)
 SOURCE ?= scenes
 COCO_DIR ?=
 WHEN_DONE = $(VENV)/.ready-$(shell cat requirements.lock pyproject.toml | cksum | tr -s ' ' '-')
@@ -63,7 +64,7 @@ test-all: setup  ## every test that this machine can run
 .PHONY: lint
 lint: setup  ## ruff and the byte compiler over all code
 	@ruff check .
-	@python -m compileall -q raphael data_pipeline flows tests benchmarks
+	@python -m compileall -q $(CODE)
 
 .PHONY: bench
 bench: setup  ## the benchmarks, one after the other; results under benchmarks/results
@@ -75,6 +76,7 @@ lock: setup  ## compile requirements.lock anew from pyproject.toml
 		--no-emit-index-url --no-header --quiet --output-file requirements.lock
 
 .PHONY: clean
-clean: down  ## remove what runs leave behind; data, models, reports and DVC's cache stay
-	@rm -rf work .run ray_results .pytest_cache .ruff_cache
-	@find raphael data_pipeline flows tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+clean: down  ## remove what runs leave behind; data, models, reports, workspaces and DVC's cache stay
+	@test ! -d work || find work -mindepth 1 -maxdepth 1 ! -name spaces -exec rm -rf {} +
+	@rm -rf .run ray_results .pytest_cache .ruff_cache
+	@find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
