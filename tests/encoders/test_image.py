@@ -61,7 +61,8 @@ def test_a_saved_scorer_comes_back_and_a_grey_pil_picture_is_taken(clip, tmp_pat
     save_clip(clip, tmp_path)
     scorer = load_clip(tmp_path)
     grey = Image.fromarray(picture(40, 40)).convert("L")
-    torch.testing.assert_close(scorer.embed_images([grey]), from_open_clip(clip, "x").embed_images([grey.convert("RGB")]))
+    truth = from_open_clip(clip, "x").embed_images([grey.convert("RGB")])
+    torch.testing.assert_close(scorer.embed_images([grey]), truth)
 
 
 def test_wrong_pictures_and_a_t5_are_refused(clip):

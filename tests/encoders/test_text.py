@@ -35,11 +35,12 @@ def word_tokenizer_files(folder, words, special, **tokenizer_config):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     opening = "<s> " if "<s>" in special else ""
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{opening}$A </s>", special_tokens=[(name, vocabulary[name]) for name in ("<s>", "</s>") if name in special]
+        single=f"{opening}$A </s>",
+        special_tokens=[(name, vocabulary[name]) for name in ("<s>", "</s>") if name in special],
     )
     tokenizer.save(str(folder / "tokenizer.json"))
-    names = {"eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "PreTrainedTokenizerFast", **tokenizer_config}
-    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    names = {"eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**names, **tokenizer_config}))
     return vocabulary
 
 
@@ -110,7 +111,7 @@ def test_a_text_that_is_too_long_keeps_its_closing_token(clip_folder):
 
 
 def test_an_id_of_padding_that_is_also_a_word_is_real_before_the_end():
-    ids = torch.tensor([[5, 0, 9, 0, 0], [5, 9, 9, 9, 9]])  # 0: the word "!" and the padding; 9: closing token and padding
+    ids = torch.tensor([[5, 0, 9, 0, 0], [5, 9, 9, 9, 9]])  # 0: "!" and padding; 9: closing token and padding
     assert up_to_first(ids, 9).int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 0, 0, 0]]
 
 

@@ -1,0 +1,170 @@
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from truth.picture_workspace import SMALL, drawn, small_preset, write_params, write_workspace
+
+from data_pipeline import encode, fit_autoencoder, fit_clip
+from data_pipeline.pictures import fit
+from raphael.config import load_config
+from raphael.encoders.autoencoder import load_autoencoder
+from raphael.encoders.edges import edge_map
+from raphael.encoders.text import load_text_encoder
+from raphael.objectives.autoencoding import to_network_range
+from raphael.records import EDGES, MOMENTS, TOKEN_IDS, Records
+from raphael.stage import Stage, StageError, main
+
+COUNT = 10
+
+
+def run(module, name, root, monkeypatch):
+    monkeypatch.chdir(root)
+    module.run(load_config(root / "params.yaml"), Stage(name, root))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, project):
+    """A workspace whose autoencoder and CLIP were trained by the stages, for a moment."""
+    root = write_workspace(tmp_path_factory.mktemp("workspace"), project, COUNT, **SMALL)
+    write_params(root, project, **SMALL, model={"preset": small_preset(root, project)})
+    with pytest.MonkeyPatch.context() as patch:
+        run(fit_autoencoder, "autoencoder", root, patch)
+        run(fit_clip, "clip", root, patch)
+    return root
+
+
+def report(root, stage):
+    return json.loads((root / "reports" / f"{stage}.json").read_text())
+
+
+def digest(root):
+    return encode.records_digest(root / "data/records")
+
+
+def test_the_encoders_are_trained_on_all_but_the_held_out_pictures_and_say_how_good_they_are(trained):
+    told = report(trained, "autoencoder")
+    assert (told["total"], told["kept"], told["trained_on"], told["heldout"]) == (COUNT, COUNT, COUNT - 2, 2)
+    assert told["scaling_factor"] == load_autoencoder(trained / "models/autoencoder").scaling_factor
+    assert told["psnr_db"] > 0 and told["history"][-1]["images"] == 16
+    told = report(trained, "clip")
+    assert told["heldout"] == 2 and set(told["retrieval"]) == {"image_to_text", "text_to_image", "chance", "pairs"}
+    assert load_text_encoder(trained / "models/clip").dim == 32
+
+
+def test_training_again_gives_the_same_weights(trained, monkeypatch):
+    def weights(module, name, folder):
+        run(module, name, trained, monkeypatch)
+        return {path.name: path.read_bytes() for path in (trained / folder).iterdir()}
+
+    import shutil
+
+    for module, name in ((fit_autoencoder, "autoencoder"), (fit_clip, "clip")):
+        folder = f"models/{name}"
+        before = {path.name: path.read_bytes() for path in (trained / folder).iterdir()}
+        shutil.rmtree(trained / "work" / name)
+        assert weights(module, name, folder) == before
+
+
+def test_records_hold_what_the_encoders_give_one_by_one(trained, monkeypatch):
+    run(encode, "encode", trained, monkeypatch)
+    records = Records(trained / "data/records")
+    assert records.keys == [f"{number:09d}" for number in range(COUNT)]
+    batch = records.batch(range(COUNT))
+    autoencoder, text = load_autoencoder("models/autoencoder"), load_text_encoder("models/clip")
+    captions, pictures = zip(*map(drawn, range(COUNT)), strict=True)
+    images = np.stack([fit(picture, 16, 24) for picture in pictures])
+    moments = autoencoder.encode_moments(to_network_range(torch.from_numpy(images)))
+    assert batch[MOMENTS].dtype == np.float16 and batch[MOMENTS].shape == (COUNT, 8, 4, 6)
+    np.testing.assert_allclose(batch[MOMENTS], moments.numpy(), atol=1e-3, rtol=2e-3)
+    assert np.array_equal(batch[TOKEN_IDS], text.tokenize(list(captions)).numpy())
+    assert np.array_equal(batch[EDGES], edge_map(images, (2, 3), "sobel", 0.3))
+    told = json.loads((trained / "data/records/captions.json").read_text())
+    assert told == dict(zip(records.keys, captions, strict=True))
+    assert np.array_equal(np.load(trained / "data/records/references.npy"), images)
+
+
+def test_facts_say_how_the_records_came_about(trained, monkeypatch):
+    run(encode, "encode", trained, monkeypatch)
+    facts = Records(trained / "data/records").facts
+    assert facts["picture"] == {"height_px": 16, "width_px": 24}
+    assert facts["edge_detector"].startswith("sobel threshold=0.3")
+    encoder = load_text_encoder(trained / "models/clip")
+    assert facts["text_encoder"]["empty_token_ids"] == encoder.tokenize([""])[0].tolist()
+    assert facts["autoencoder"] == load_autoencoder(trained / "models/autoencoder").facts()
+    told = report(trained, "encode")
+    assert (told["total"], told["kept"], told["dropped"], told["references"]) == (COUNT, COUNT, {}, COUNT)
+
+
+def test_a_killed_run_goes_on_and_ends_in_the_same_records(trained, monkeypatch):
+    import shutil
+
+    monkeypatch.setattr(encode, "CHUNK_BATCHES", 1)
+    shutil.rmtree(trained / "work/encode", ignore_errors=True)
+    run(encode, "encode", trained, monkeypatch)
+    whole = digest(trained)
+    shutil.rmtree(trained / "work/encode")
+    shutil.rmtree(trained / "data/records")
+    written = []
+    replace = os.replace
+
+    def killed_after_two(source, target):
+        if str(target).endswith(".npz"):
+            if len(written) == 2:
+                raise KeyboardInterrupt
+            written.append(str(target))
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed_after_two)
+        run(encode, "encode", trained, monkeypatch)
+    assert not (trained / "data/records").exists()
+    times = {path: os.stat(path).st_mtime_ns for path in written}
+    run(encode, "encode", trained, monkeypatch)
+    assert digest(trained) == whole
+    assert {path: os.stat(path).st_mtime_ns for path in written} == times  # not made again
+
+
+def test_references_are_spread_over_the_corpus():
+    assert encode.spread_rows(10, 3).tolist() == [0, 3, 6]
+    assert encode.spread_rows(3, 10).tolist() == [0, 1, 2]
+
+
+def test_encoders_that_do_not_fit_the_network_are_refused_before_anything_is_encoded(trained, project, monkeypatch):
+    write_params(trained, project, **SMALL, model={"preset": small_preset(trained, project, context_dim=64)})
+    try:
+        with pytest.raises(StageError, match="text encoder gives context_dim 32, but the preset .* expects 64"):
+            run(encode, "encode", trained, monkeypatch)
+    finally:
+        write_params(trained, project, **SMALL, model={"preset": small_preset(trained, project)})
+
+
+def test_without_models_the_stage_to_run_is_named(tmp_path, project, monkeypatch, capsys):
+    write_workspace(tmp_path, project, **SMALL)
+    monkeypatch.chdir(tmp_path)
+    assert main("encode", encode.run, "", ["--params", str(tmp_path / "params.yaml")]) == 1
+    assert "run the stage autoencoder first" in capsys.readouterr().err
+
+
+def test_pretrained_parts_are_checked_and_passed_on(trained, tmp_path, project, monkeypatch):
+    sections = json.loads(json.dumps(SMALL))
+    sections["autoencoder"]["pretrained"] = str(trained / "models/autoencoder")
+    sections["clip"]["pretrained"] = str(trained / "models/clip")
+    root = write_workspace(tmp_path / "other", project, **sections)
+    run(fit_autoencoder, "autoencoder", root, monkeypatch)
+    run(fit_clip, "clip", root, monkeypatch)
+    for folder in ("models/autoencoder", "models/clip"):
+        assert encode.records_digest(root / folder) == encode.records_digest(trained / folder)
+    assert report(root, "clip")["trained_on"] == 0
+
+
+def test_taef2_encodes_photographs_with_a_scaling_of_their_own(shared_data, tmp_path, project, monkeypatch):
+    weights = str(shared_data / "weights/taesd_family")
+    root = write_workspace(
+        tmp_path, project, picture={"height_px": 16, "width_px": 24}, autoencoder={"pretrained": weights}
+    )
+    run(fit_autoencoder, "autoencoder", root, monkeypatch)
+    told = report(root, "autoencoder")
+    assert told["kind"] == "taef2" and told["latent_channels"] == 32 and told["scaling_factor"] != 1.0
+    assert load_autoencoder(root / "models/autoencoder").scaling_factor == told["scaling_factor"]
