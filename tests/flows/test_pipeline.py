@@ -14,7 +14,7 @@ import yaml
 
 from flows import data, evaluate, full, settings, train
 from flows.environment import stage_environment
-from flows.pipeline import ancestors, out_of_date, read_pipeline, reproduce
+from flows.pipeline import DVC, ancestors, out_of_date, read_pipeline, reproduce
 from flows.stages import run_stages
 from raphael.stage import StageError
 
@@ -97,8 +97,8 @@ def set_seed(root: Path, seed: int) -> None:
 
 def test_a_stage_runs_once_then_is_up_to_date_and_an_old_result_is_restored(toy: Path) -> None:
     set_seed(toy, 0)
-    for name in full.STAGES[:10]:
-        assert reproduce(toy, name) == "ran"
+    subprocess.run([*DVC, "repro", "train"], cwd=toy, check=True, capture_output=True, env=stage_environment(toy))
+    assert reproduce(toy, "generate") == "ran"
     assert set(out_of_date(toy)) == {"evaluate", "report"}
     assert reproduce(toy, "generate") == "up to date"
     set_seed(toy, 1)
