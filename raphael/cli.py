@@ -1,4 +1,4 @@
-"""The `raphael` command. Each sub-command imports its room when it is called, so that `raphael --help` answers at once."""
+"""The `raphael` command. A sub-command imports its room when it is called: `raphael --help` answers at once."""
 
 from __future__ import annotations
 
@@ -19,13 +19,17 @@ def main(argv: list[str] | None = None) -> int:
             arguments.act(arguments)
         except (StageError, ConfigError):
             raise
-        except ValueError as error:  # what a user can get wrong: a checkpoint of another shape, a size, a sampler's name
+        except (
+            ValueError
+        ) as error:  # what a user can get wrong: a checkpoint of another shape, a size, a sampler's name
             raise StageError(str(error)) from error
     return outcome.status
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="raphael", description="An open RAPHAEL: draw from a checkpoint, look into it.")
+    parser = argparse.ArgumentParser(
+        prog="raphael", description="An open RAPHAEL: draw from a checkpoint, look into it."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = _command(commands, "generate", "draw pictures for a prompt", _generate)

@@ -1,5 +1,5 @@
-"""Measure the drawn pictures: what they show (exact, for scenes), how well they fit their prompts, how far they are from
-real ones. Writes reports/evaluate.json."""
+"""Measure the drawn pictures: what they show (exact, for scenes), how well they fit their prompts, how far they are
+from real ones. Writes reports/evaluate.json."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def compare(config: Config, stage: Stage, entries: list[dict[str, Any]], picture
 
 
 def scoring_clip(config: Config) -> tuple[Any, str, str]:
-    """(scorer or None, "" or "_self", why there is none). "_self": the CLIP that scores also conditioned the drawing."""
+    """(scorer or None, "" or "_self", why there is none). "_self": the scoring CLIP also conditioned the drawing."""
     from raphael.encoders.image import load_clip
 
     if config.evaluate.scoring_clip:

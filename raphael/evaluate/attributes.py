@@ -35,7 +35,7 @@ def read_pictures(pictures: Sequence[np.ndarray]) -> list[SceneReading]:
 def score(entries: Sequence[dict[str, Any]], readings: Sequence[SceneReading]) -> dict[str, Any]:
     """entries: images.json's, each with suite and truth, one per reading.
 
-    -> <attribute>_accuracy, _n, _low, _high at the top, `chance`: {<attribute>_accuracy}, `by_suite`: {suite: the same}.
+    -> <attribute>_accuracy, _n, _low, _high at the top; `chance`: {<attribute>_accuracy}; `by_suite`: the same.
     """
     judged = [(entry, reading) for entry, reading in zip(entries, readings, strict=True) if entry.get("truth")]
     verdicts = [(entry["suite"], judge(reading, entry["truth"])) for entry, reading in judged]
@@ -61,14 +61,16 @@ def score(entries: Sequence[dict[str, Any]], readings: Sequence[SceneReading]) -
 
 def _outcomes(verdicts: list[tuple[str, dict[str, bool | None]]], attribute: str, suite: str | None) -> list[bool]:
     return [
-        bool(verdict[attribute]) for name, verdict in verdicts if verdict[attribute] is not None and suite in (None, name)
+        bool(verdict[attribute])
+        for name, verdict in verdicts
+        if verdict[attribute] is not None and suite in (None, name)
     ]
 
 
 def _against_others(judged: list[tuple[dict[str, Any], SceneReading]]) -> list[tuple[str, dict[str, bool | None]]]:
     """Every picture judged against the truths of a few other pictures of its suite, drawn once and for all.
 
-    Drawn, not at fixed distances: prompts come in cycles (one, two, three objects), which distances would resonate with.
+    Drawn, not at fixed distances: prompts come in cycles (one, two, three objects) that distances could hit.
     """
     verdicts = []
     for suite in sorted({entry["suite"] for entry, _ in judged}):

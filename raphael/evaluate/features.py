@@ -25,7 +25,9 @@ class FeatureSpace:
         """Distances of different n are not comparable, so n is in the name."""
         return f"{self.name}_{n}"
 
-    def statistics(self, pictures: Iterable[np.ndarray], tick: Callable[[int], None] = lambda n: None) -> tuple[Features, np.ndarray]:
+    def statistics(
+        self, pictures: Iterable[np.ndarray], tick: Callable[[int], None] = lambda n: None
+    ) -> tuple[Features, np.ndarray]:
         """Streaming statistics of pictures, and their features (n, D) float32. Raises ValueError for NaN."""
         statistics, rows = None, []
         for batch in batches(pictures):
@@ -40,20 +42,22 @@ class FeatureSpace:
 
 
 def inception_space(weights: str) -> FeatureSpace:
-    """torch-fidelity's Inception, from a weights file. Raises StageError where the file is absent or not such a file."""
+    """torch-fidelity's Inception, from a weights file. Raises StageError where it is absent or another file."""
     import torch
 
     if not Path(weights).is_file():
         raise StageError(
             f"evaluate.fid_inception_weights: {weights}: no such file; expected torch-fidelity's "
-            "weights-inception-2015-12-05-6726825d.pth, or \"\" for the Frechet distance of the CLIP"
+            'weights-inception-2015-12-05-6726825d.pth, or "" for the Frechet distance of the CLIP'
         )
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     try:
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights)
     except (RuntimeError, KeyError, ValueError) as error:
-        raise StageError(f"evaluate.fid_inception_weights: {weights}: not torch-fidelity's weights ({_short(error)})") from None
+        raise StageError(
+            f"evaluate.fid_inception_weights: {weights}: not torch-fidelity's weights ({_short(error)})"
+        ) from None
 
     @torch.inference_mode()
     def embed(pictures: np.ndarray) -> np.ndarray:

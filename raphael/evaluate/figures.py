@@ -50,7 +50,7 @@ def heat_overlay(picture: np.ndarray, attention: np.ndarray) -> np.ndarray:
 
 
 def line_chart(series: dict[str, list[tuple[float, float]]], width: int = 640, height: int = 220) -> str:
-    """Curves over images seen, log scale where the values span more than a decade. series: name -> [(images, value)]."""
+    """Curves over images seen, log scale where values span over a decade. series: name -> [(images, value)]."""
     points = [point for line in series.values() for point in line if math.isfinite(point[1])]
     if not points:
         return ""
@@ -79,9 +79,15 @@ def line_chart(series: dict[str, list[tuple[float, float]]], width: int = 640, h
         parts.append(f'<text class="tick" x="{left - 8}" y="{y + 3.5:.1f}" text-anchor="end">{value:.3g}</text>')
     for share in (0, 0.25, 0.5, 0.75, 1):
         x = left + (width - left - right) * share
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{height - 8}" text-anchor="{_anchor(share)}">{short(x_max * share)}</text>')
+        parts.append(
+            f'<text class="tick" x="{x:.1f}" y="{height - 8}" text-anchor="{_anchor(share)}">'
+            f"{short(x_max * share)}</text>"
+        )
     for index, line in enumerate(series.values()):
-        path = " ".join(f"{'M' if i == 0 else 'L'}{x:.1f} {y:.1f}" for i, (x, y) in enumerate(place(*p) for p in line if math.isfinite(p[1])))
+        path = " ".join(
+            f"{'M' if i == 0 else 'L'}{x:.1f} {y:.1f}"
+            for i, (x, y) in enumerate(place(*p) for p in line if math.isfinite(p[1]))
+        )
         parts.append(f'<path class="curve c{index % NUM_EXPERT_COLOURS}" d="{path}"/>')
     return "".join(parts) + "</svg>"
 
@@ -99,7 +105,9 @@ def interval_chart(rows: Sequence[dict[str, Any]], width: int = 640) -> str:
     for index, row in enumerate(rows):
         y = row_px * index + row_px / 2 + 2
         x, low, high = (left + span * row[key] for key in ("value", "low", "high"))
-        parts.append(f'<text class="name" x="{left - 16}" y="{y + 4.5:.1f}" text-anchor="end">{escape(row["label"])}</text>')
+        parts.append(
+            f'<text class="name" x="{left - 16}" y="{y + 4.5:.1f}" text-anchor="end">{escape(row["label"])}</text>'
+        )
         parts.append(f'<line class="track" x1="{left}" x2="{left + span}" y1="{y}" y2="{y}"/>')
         if row.get("chance") is not None:
             c = left + span * row["chance"]
@@ -132,7 +140,9 @@ def routes_chart(words: Sequence[dict[str, Any]], num_experts: int, width: int =
         for expert in range(num_experts):
             y = top + expert * (slot + gap)
             parts.append(f'<rect class="slot" x="{x - 15:.1f}" y="{y:.1f}" width="30" height="{slot:.1f}" rx="6"/>')
-            parts.append(f'<text class="slotname" x="{x - 22:.1f}" y="{y + 11:.1f}" text-anchor="end">{expert + 1}</text>')
+            parts.append(
+                f'<text class="slotname" x="{x - 22:.1f}" y="{y + 11:.1f}" text-anchor="end">{expert + 1}</text>'
+            )
     lines = height - top - 8
     for index, word in enumerate(words):
         start = top + lines * (index + 0.5) / len(words)
@@ -149,8 +159,14 @@ def routes_chart(words: Sequence[dict[str, Any]], num_experts: int, width: int =
             path += f" C{x0 + bend:.1f} {y0:.1f} {x1 - bend:.1f} {y1:.1f} {x1:.1f} {y1:.1f}"
         path += f" h{right - 4:.0f}"
         colour = index % NUM_EXPERT_COLOURS
-        parts.append(f'<path class="ribbon c{colour}" d="{path}" stroke-width="{thick:.1f}"><title>{escape(word["word"])}</title></path>')
-        parts.append(f'<text class="word t{colour}" x="{left - 14}" y="{start + 4.5:.1f}" text-anchor="end">{escape(word["word"])}</text>')
+        parts.append(
+            f'<path class="ribbon c{colour}" d="{path}" stroke-width="{thick}">'
+            f"<title>{escape(word['word'])}</title></path>"
+        )
+        parts.append(
+            f'<text class="word t{colour}" x="{left - 14}" y="{start + 4.5:.1f}" text-anchor="end">'
+            f"{escape(word['word'])}</text>"
+        )
     return "".join(parts) + "</svg>"
 
 
@@ -170,9 +186,15 @@ def time_chart(times: dict[str, Any], width: int = 960) -> str:
         for index in range(1, len(row) + 1):  # equal neighbours are one rectangle
             if index == len(row) or row[index] != row[start]:
                 x, w = left + step * start, step * (index - start)
-                parts.append(f'<rect class="f{row[start] % NUM_EXPERT_COLOURS}" x="{x:.2f}" y="{y}" width="{w:.2f}" height="{row_px - 4}"/>')
+                parts.append(
+                    f'<rect class="f{row[start] % NUM_EXPERT_COLOURS}" '
+                    f'x="{x:.2f}" y="{y}" width="{w:.2f}" height="{row_px - 4}"/>'
+                )
                 if w > 16:
-                    parts.append(f'<text class="inside" x="{x + w / 2:.1f}" y="{y + 12}" text-anchor="middle">{row[start] + 1}</text>')
+                    parts.append(
+                        f'<text class="inside" x="{x + w / 2:.1f}" y="{y + 12}" text-anchor="middle">'
+                        f"{row[start] + 1}</text>"
+                    )
                 start = index
     return "".join(parts) + "</svg>"
 

@@ -2,10 +2,10 @@
 
     d^2 = |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)        (Heusel et al. 2017, arXiv 1706.08500, eq. 6)
 
-The trace term is the nuclear norm of A1 A2^T for any A with S = A^T A: the singular values of A1 A2^T are the square roots
-of the eigenvalues of S1 S2. With at least as many samples as dimensions the eigenvalues of the symmetric F S2 F,
-F = S1^(1/2), give it; with fewer, the singular values of the small matrix Y X^T of centred features do, without forming a
-covariance whose zero eigenvalues would come out as +-1e-13 and their roots as 3e-7 each.
+The trace term is the nuclear norm of A1 A2^T for any A with S = A^T A: the singular values of A1 A2^T are the square
+roots of the eigenvalues of S1 S2. With at least as many samples as dimensions the eigenvalues of the symmetric F S2 F,
+F = S1^(1/2), give it; with fewer, the singular values of the small matrix Y X^T of centred features do, without forming
+a covariance whose zero eigenvalues would come out as +-1e-13 and their roots as 3e-7 each.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ class Features:
     def distance(self, other: Features) -> float:
         """The squared Frechet distance (what FID reports). Raises ValueError for other dims or too few samples."""
         if self.dim != other.dim:
-            raise ValueError(f"got features of {self.dim} and {other.dim} dimensions, expected the same feature network")
+            raise ValueError(
+                f"got features of {self.dim} and {other.dim} dimensions, expected the same feature network"
+            )
         cov1, cov2 = self.covariance, other.covariance
         ours, theirs = self.centred_factor(), other.centred_factor()
         if ours is not None and theirs is not None:
@@ -85,13 +87,19 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(item, dtype=np.float64) for item in (mu1, sigma1, mu2, sigma2))
     dim = mu1.shape[0] if mu1.ndim == 1 else -1
-    for name, item, shape in (("mu1", mu1, (dim,)), ("mu2", mu2, (dim,)),
-                              ("sigma1", sigma1, (dim, dim)), ("sigma2", sigma2, (dim, dim))):
+    for name, item, shape in (
+        ("mu1", mu1, (dim,)),
+        ("mu2", mu2, (dim,)),
+        ("sigma1", sigma1, (dim, dim)),
+        ("sigma2", sigma2, (dim, dim)),
+    ):
         if item.shape != shape:
             raise ValueError(f"{name}: got shape {item.shape}, expected {shape if dim >= 0 else 'a vector (D,)'}")
         if not np.isfinite(item).all():
             raise ValueError(f"{name}: got NaN or infinity, expected finite numbers")
-        if item.ndim == 2 and not np.allclose(item, item.T, rtol=1e-8, atol=1e-10 * max(1.0, float(np.abs(item).max()))):
+        if item.ndim == 2 and not np.allclose(
+            item, item.T, rtol=1e-8, atol=1e-10 * max(1.0, float(np.abs(item).max()))
+        ):
             raise ValueError(f"{name}: got a matrix that is not symmetric, expected a covariance")
     trace = _trace_of_root(covariance_root(sigma1), sigma2)
     return _assemble(mu1, mu2, float(np.trace(sigma1) + np.trace(sigma2)), trace)

@@ -13,7 +13,7 @@ from raphael.stage import StageError
 
 
 def reference_pictures(shards: Path, captions: Path, limit: int, height: int, width: int) -> Iterator[np.ndarray]:
-    """Up to `limit` kept pictures, evenly spread over the keys in order -> uint8 (height, width, 3), as training saw them.
+    """Up to `limit` kept pictures, evenly spread by key -> uint8 (height, width, 3), as training saw them.
 
     Scaled to cover height x width and cropped to the middle. Raises StageError for a shard that is absent or broken.
     """
@@ -46,7 +46,9 @@ def _from_shard(path: Path, keys: set[str], height: int, width: int) -> Iterator
     except (tarfile.TarError, OSError) as error:
         raise StageError(f"{path}: a corrupt shard ({error}); delete it and run the stage download again") from None
     if missing := sorted(keys - set(found)):
-        raise StageError(f"{path}: {missing[0]} is missing though captions.parquet lists it; run the stage download again")
+        raise StageError(
+            f"{path}: {missing[0]} is missing though captions.parquet lists it; run the stage download again"
+        )
     yield from (found[key] for key in sorted(found))
 
 

@@ -1,4 +1,4 @@
-"""Write reports/index.html: one page, complete in itself, that shows what went in, what was learnt and what came out."""
+"""Write reports/index.html: one page, complete in itself: what went in, what was learnt, what came out."""
 
 from __future__ import annotations
 
@@ -68,7 +68,11 @@ def render(content: dict[str, Any]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     files = {name: (TEMPLATES / f"report.{name}").read_text(encoding="utf-8") for name in ("css", "js")}
     return environment.get_template("report.html").render(**content, **files)

@@ -23,13 +23,33 @@ ATTRIBUTE_LABELS = {
 }
 GALLERY_PER_SUITE = {"single": 10}
 GALLERY_OTHERS = 5
-SMALL_WORDS = {"a", "an", "the", "of", "on", "in", "with", "and", "is", "to", "at", "for", ",", ".", "drawing", "picture", "image", "drawn", "plain"}
+SMALL_WORDS = {
+    "a",
+    "an",
+    "the",
+    "of",
+    "on",
+    "in",
+    "with",
+    "and",
+    "is",
+    "to",
+    "at",
+    "for",
+    ",",
+    ".",
+    "drawing",
+    "picture",
+    "image",
+    "drawn",
+    "plain",
+}
 MAX_ROUTED_WORDS = 9
 INSIDE_PROMPTS = 3
 
 
 def funnel(reports: Path) -> list[dict[str, Any]]:
-    """Rows in, kept and dropped of each stage that ran; `broken` where a stage did not get what the one before it kept."""
+    """Rows in, kept and dropped of each stage that ran; `broken` where the numbers of two neighbours do not fit."""
     stages: list[dict[str, Any]] = []
     for name in FUNNEL_STAGES:
         path = reports / f"{name}.json"
@@ -81,8 +101,12 @@ def grids(folder: Path, limit: int) -> list[dict[str, str]]:
     found = []
     for file in files:
         with Image.open(file) as image:
-            found.append({"images": f"{int(file.stem):,}" if file.stem.isdigit() else file.stem,
-                          "uri": figures.data_uri(np.asarray(image.convert("RGB")), max_side_px=900)})
+            found.append(
+                {
+                    "images": f"{int(file.stem):,}" if file.stem.isdigit() else file.stem,
+                    "uri": figures.data_uri(np.asarray(image.convert("RGB")), max_side_px=900),
+                }
+            )
     return found
 
 
@@ -90,11 +114,15 @@ def gallery(folder: Path, entries: list[dict[str, Any]]) -> list[dict[str, Any]]
     """The first pictures of each suite (not the best ones), with what was asked and what the reader saw."""
     suites = []
     for suite in dict.fromkeys(entry["suite"] for entry in entries):
-        members = [entry for entry in entries if entry["suite"] == suite][: GALLERY_PER_SUITE.get(suite, GALLERY_OTHERS)]
+        members = [entry for entry in entries if entry["suite"] == suite][
+            : GALLERY_PER_SUITE.get(suite, GALLERY_OTHERS)
+        ]
         cards = []
         for entry in members:
             picture = load(folder / entry["file"])
-            cards.append({"prompt": entry["prompt"], "uri": figures.data_uri(picture), "checks": _checks(picture, entry)})
+            cards.append(
+                {"prompt": entry["prompt"], "uri": figures.data_uri(picture), "checks": _checks(picture, entry)}
+            )
         suites.append({"name": suite, "cards": cards})
     return suites
 
@@ -117,8 +145,11 @@ def _checks(picture: np.ndarray, entry: dict[str, Any]) -> list[dict[str, Any]]:
     }
     verdict = judge(reading, truth)
     return [
-        {"name": ATTRIBUTE_LABELS[name].split()[-1] if name != "background_colour" else "background",
-         "right": right, "read": read[name]}
+        {
+            "name": ATTRIBUTE_LABELS[name].split()[-1] if name != "background_colour" else "background",
+            "right": right,
+            "read": read[name],
+        }
         for name, right in verdict.items()
         if right is not None
     ]
@@ -130,8 +161,17 @@ def accuracies(measured: dict[str, Any]) -> dict[str, Any] | None:
         key = f"{name}_accuracy"
         if measured.get(key) is not None:
             chance = measured.get("chance", {}).get(key)
-            rows.append({"name": name, "label": label, "value": measured[key], "low": measured[f"{key}_low"],
-                         "high": measured[f"{key}_high"], "n": measured[f"{key}_n"], "chance": chance})
+            rows.append(
+                {
+                    "name": name,
+                    "label": label,
+                    "value": measured[key],
+                    "low": measured[f"{key}_low"],
+                    "high": measured[f"{key}_high"],
+                    "n": measured[f"{key}_n"],
+                    "chance": chance,
+                }
+            )
     if not rows:
         return None
     return {"rows": rows, "svg": figures.interval_chart(rows), "headline": rows[:3]}
@@ -140,7 +180,11 @@ def accuracies(measured: dict[str, Any]) -> dict[str, Any] | None:
 def by_suite(measured: dict[str, Any]) -> list[dict[str, Any]]:
     """One row per suite, one cell per attribute: the accuracy or None."""
     return [
-        {"name": suite, "pictures": rows["pictures"], "cells": [rows.get(f"{name}_accuracy") for name in ATTRIBUTE_LABELS]}
+        {
+            "name": suite,
+            "pictures": rows["pictures"],
+            "cells": [rows.get(f"{name}_accuracy") for name in ATTRIBUTE_LABELS],
+        }
         for suite, rows in measured.get("by_suite", {}).items()
     ]
 
@@ -194,15 +238,22 @@ def inside(config: Config, model: Path, generated: Path, drawn: dict[str, Any]) 
         named = [word for word in words if not _is_marker(word["word"])] or words
         content = [word for word in named if word["word"] not in SMALL_WORDS] or named
         shown = [i for i, word in enumerate(seen.words[row]) if word and not _is_marker(word)][:12]
-        examples.append({
-            "prompt": prompt,
-            "uri": figures.data_uri(pictures[row]),
-            "heat": [{"word": seen.words[row][i], "uri": figures.data_uri(figures.heat_overlay(pictures[row], seen.attention[row, i]))}
-                     for i in shown],
-            "edge_target": figures.data_uri(_enlarged(targets[row])),
-            "edge_predicted": figures.data_uri(_enlarged(np.uint8(seen.edges[row] * 255))),
-            "routes": figures.routes_chart(content[:MAX_ROUTED_WORDS], pipeline.unet.config.num_space_experts),
-        })
+        examples.append(
+            {
+                "prompt": prompt,
+                "uri": figures.data_uri(pictures[row]),
+                "heat": [
+                    {
+                        "word": seen.words[row][i],
+                        "uri": figures.data_uri(figures.heat_overlay(pictures[row], seen.attention[row, i])),
+                    }
+                    for i in shown
+                ],
+                "edge_target": figures.data_uri(_enlarged(targets[row])),
+                "edge_predicted": figures.data_uri(_enlarged(np.uint8(seen.edges[row] * 255))),
+                "routes": figures.routes_chart(content[:MAX_ROUTED_WORDS], pipeline.unet.config.num_space_experts),
+            }
+        )
     return {
         "insight": examples,
         "insight_timestep": seen.timestep,
@@ -217,7 +268,9 @@ def provenance(drawn: dict[str, Any], model: Path, params: dict[str, Any]) -> li
     """Groups of name and value: what this page speaks of, exactly."""
     meta = read_json(model / "meta.json") if (model / "meta.json").is_file() else {}
     identity = {"model": drawn["model"], "preset": params["model"]["preset"]}
-    identity |= {key: meta[key] for key in ("git_revision", "records_sha256", "images_seen", "mean_over") if key in meta}
+    identity |= {
+        key: meta[key] for key in ("git_revision", "records_sha256", "images_seen", "mean_over") if key in meta
+    }
     groups = [{"name": "model", "rows": [(key, str(value)) for key, value in identity.items()]}]
     groups.append({"name": "drawing", "rows": [(key, str(value)) for key, value in drawn["settings"].items()]})
     for section in ("source", "filter", "train", "diffusion", "unet"):

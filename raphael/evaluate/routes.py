@@ -1,7 +1,7 @@
 """Which experts words and timesteps go through (RAPHAEL, section 3.1 and figure 9).
 
-Without its training noise a space gate reads the text alone and a time gate the timestep alone, so both are tables of the
-model: no picture needs to be drawn for them.
+Without its training noise a space gate reads the text alone and a time gate the timestep alone, so both are tables of
+the model: no picture needs to be drawn for them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ TIME_POINTS = 100
 
 
 def token_routes(pipeline: RaphaelPipeline, prompt: str) -> list[dict[str, Any]]:
-    """[{"word", "experts": [one per block, in the order of the forward pass]}] for every token of the prompt, padding left out."""
+    """[{"word", "experts": [one per block, in the order of the forward pass]}] for every token but padding."""
     import torch
 
     from raphael.generate.insight import token_words
@@ -32,7 +32,7 @@ def token_routes(pipeline: RaphaelPipeline, prompt: str) -> list[dict[str, Any]]
 
 
 def time_table(pipeline: RaphaelPipeline, points: int = TIME_POINTS) -> dict[str, Any]:
-    """{"timesteps": [...], "experts": [[per timestep] per block]}: evenly spaced timesteps from 0 (clean) to T - 1 (noise)."""
+    """{"timesteps": [...], "experts": [[per timestep] per block]}: even steps from 0 (clean) to T - 1 (noise)."""
     import torch
 
     last = pipeline.diffusion.num_steps - 1
@@ -51,7 +51,10 @@ def routes_text(prompt: str, words: list[dict[str, Any]], times: dict[str, Any])
     lines += [f"{entry['word']:>{width}}  " + _row(entry["experts"]) for entry in words]
     last = times["timesteps"][-1]
     lines += ["", f"time experts, from t = 0 (clean, left) to t = {last} (noise, right)", ""]
-    lines += [f"block {block + 1:>3}  " + "".join(_digit(expert) for expert in row) for block, row in enumerate(times["experts"])]
+    lines += [
+        f"block {block + 1:>3}  " + "".join(_digit(expert) for expert in row)
+        for block, row in enumerate(times["experts"])
+    ]
     return "\n".join(lines)
 
 

@@ -54,7 +54,9 @@ def picture_jobs(prompts: dict[str, Any], images_per_prompt: int) -> list[dict[s
     """
     entries = prompts.get("prompts") if isinstance(prompts, dict) else None
     if not entries:
-        raise StageError(f"{PROMPTS}: got no prompts, expected a list under the key prompts; run the stage source again")
+        raise StageError(
+            f"{PROMPTS}: got no prompts, expected a list under the key prompts; run the stage source again"
+        )
     pictures = [entry for entry in entries for _ in range(images_per_prompt)]
     return [{"file": f"{index:05d}.png", "index": index, **entry} for index, entry in enumerate(pictures)]
 

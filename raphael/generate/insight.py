@@ -1,7 +1,7 @@
-"""What a drawn picture looked like from inside: which pixels each word attended to, the edges the network saw, the routes.
+"""What a drawn picture looks like from inside: the pixels each word attends to, the edges the network sees, the routes.
 
-Taken in one extra forward per picture: the finished latents are noised again to timestep t and the network is asked once,
-with the prompt, what it sees there.
+Taken in one extra forward per picture: the finished latents are noised again to timestep t and the network is asked
+once, with the prompt, what it sees there.
 """
 
 from __future__ import annotations
@@ -21,15 +21,22 @@ class Insight:
 
     timestep: int
     words: list[list[str]]  # (n, N) the word each token belongs to; "" for padding
-    attention: np.ndarray  # (n, N, h, w) float32: mean over the blocks with the largest map, each token's maximum scaled to 1
+    attention: (
+        np.ndarray
+    )  # (n, N, h, w) float32: mean over the blocks with the largest map, each token's maximum scaled to 1
     edges: np.ndarray  # (n, h, w) float32: predicted edge probability, mean over those blocks
     routes: np.ndarray  # (n, L, N) int64: the space expert of every token in every block
 
 
 def look_inside(
-    parts: Parts, text_encoder: Any, prompts: list[str], latents: torch.Tensor, seeds: list[PictureSeed], timestep: int | None = None
+    parts: Parts,
+    text_encoder: Any,
+    prompts: list[str],
+    latents: torch.Tensor,
+    seeds: list[PictureSeed],
+    timestep: int | None = None,
 ) -> Insight:
-    """Look at drawn latents (n, C, h, w) at a timestep (default: 30 % of T, where shapes stand and edges are still decided)."""
+    """Look at drawn latents (n, C, h, w) at a timestep (default: 30 % of T: shapes stand, edges are open)."""
     device = latents.device
     timestep = int(0.3 * parts.schedule.num_steps) if timestep is None else timestep
     times = torch.full((len(prompts),), timestep, device=device)

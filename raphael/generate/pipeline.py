@@ -42,7 +42,9 @@ class RaphaelPipeline:
     sampler and batch_size are attributes as a diffusers pipeline's scheduler is: how to draw, not what.
     """
 
-    def __init__(self, unet: UNet, diffusion: DiffusionConfig, autoencoder: Any, text_encoder: Any, meta: dict[str, Any]):
+    def __init__(
+        self, unet: UNet, diffusion: DiffusionConfig, autoencoder: Any, text_encoder: Any, meta: dict[str, Any]
+    ):
         self.unet = unet.eval()
         self.diffusion = diffusion
         self.schedule = Schedule(diffusion)
@@ -97,8 +99,8 @@ class RaphaelPipeline:
     ) -> PipelineOutput:
         """Draw num_images_per_prompt pictures for every prompt; those of one prompt lie side by side in `.images`.
 
-        Picture i depends on (seed, i) and its prompt, not on the others. generator: as in diffusers; only its initial seed is
-        used, a list gives every picture a seed of its own. height, width: pixels, default those trained on.
+        Picture i depends on (seed, i) and its prompt, not on the others. generator: as in diffusers; only its initial
+        seed is used, a list gives every picture a seed of its own. height, width: pixels, default those trained on.
         guidance_scale: 1 is off. collect: also attention maps, edge maps and routes (`.insight`).
         progress: called with the number of pictures just finished. Raises ValueError for what does not fit.
         """
@@ -125,13 +127,15 @@ class RaphaelPipeline:
         return PipelineOutput(_as(output_type, np.concatenate(pictures)), insight)
 
     def parts(self, height: int | None = None, width: int | None = None) -> Parts:
-        """The functions that drawing needs, for pictures of that size in pixels. Raises ValueError for a size that does not fit."""
+        """What drawing needs, for pictures of that size in pixels. Raises ValueError for one that does not fit."""
         height = height or self.meta["picture"]["height_px"]
         width = width or self.meta["picture"]["width_px"]
         downsampling = self.autoencoder.downsampling
         multiple = downsampling * 2 ** (len(self.unet.config.channels) - 1)
         if height < multiple or width < multiple or height % multiple or width % multiple:
-            raise ValueError(f"got a picture of {height} x {width} px, expected multiples of {multiple} (height, width)")
+            raise ValueError(
+                f"got a picture of {height} x {width} px, expected multiples of {multiple} (height, width)"
+            )
         shape = (self.unet.config.latent_channels, height // downsampling, width // downsampling)
         return Parts(self.unet, self.schedule, self.diffusion.prediction, self.encode, self.autoencoder.decode, shape)
 

@@ -134,7 +134,19 @@ def test_a_grid_holds_every_picture_where_it_belongs():
 def test_the_command_draws_prints_and_repeats_itself(folder, tmp_path):
     from raphael.cli import main
 
-    arguments = ["generate", "a red circle", "a star", "--seed", "7", "--steps", "2", "--num-images", "2", "--checkpoint", str(folder)]
+    arguments = [
+        "generate",
+        "a red circle",
+        "a star",
+        "--seed",
+        "7",
+        "--steps",
+        "2",
+        "--num-images",
+        "2",
+        "--checkpoint",
+        str(folder),
+    ]
     assert main([*arguments, "--out", str(tmp_path / "a")]) == 0
     assert main([*arguments, "--out", str(tmp_path / "b"), "--num-images", "2"]) == 0
     content = json.loads((tmp_path / "a/images.json").read_text())
@@ -165,6 +177,11 @@ def test_the_command_ends_in_one_line_where_there_is_no_checkpoint(tmp_path, cap
 
 @pytest.mark.parametrize("module", ["raphael.cli", "raphael.generate", "raphael.evaluate", "raphael.evaluate.report"])
 def test_help_answers_without_loading_torch(module):
-    code = f"import sys, runpy; sys.argv = ['x', '--help']\ntry: runpy.run_module('{module}', run_name='__main__')\nexcept SystemExit: pass\n"
-    code += "heavy = {'torch', 'cv2', 'pyarrow', 'mlflow', 'PIL'} & set(sys.modules); sys.exit(str(heavy) if heavy else 0)"
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, cwd=write_pipeline.__globals__["ROOT"])
+    code = "import sys, runpy; sys.argv = ['x', '--help']\n"
+    code += f"try: runpy.run_module('{module}', run_name='__main__')\nexcept SystemExit: pass\n"
+    code += (
+        "heavy = {'torch', 'cv2', 'pyarrow', 'mlflow', 'PIL'} & set(sys.modules); sys.exit(str(heavy) if heavy else 0)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, cwd=write_pipeline.__globals__["ROOT"]
+    )

@@ -1,4 +1,4 @@
-"""A pipeline folder of the real classes at the smallest size, with random weights: models/raphael without a training."""
+"""A pipeline folder of the real classes at the smallest size with random weights: models/raphael, untrained."""
 
 from __future__ import annotations
 
@@ -14,8 +14,15 @@ ROOT = Path(__file__).resolve().parents[2]
 def small_unet() -> UNetConfig:
     preset = load_preset(str(ROOT / "raphael/presets/tiny.yaml")).unet
     return replace(
-        preset, channels=(16, 32), attention_levels=(0, 1), head_dim=8, norm_groups=8, context_dim=32, context_length=16,
-        edge_channels=4, edge_layers=2,
+        preset,
+        channels=(16, 32),
+        attention_levels=(0, 1),
+        head_dim=8,
+        norm_groups=8,
+        context_dim=32,
+        context_length=16,
+        edge_channels=4,
+        edge_layers=2,
     )
 
 
@@ -47,8 +54,16 @@ def write_pipeline(folder: Path, seed: int = 0) -> Path:
     autoencoder: AutoencoderConfig = replace(config.autoencoder, channels=(8, 8, 8), norm_groups=4)
     build_autoencoder(autoencoder).save(folder / "autoencoder")
     clip: ClipConfig = replace(
-        config.clip, context_length=16, embed_dim=16, text_width=32, text_heads=4, text_layers=1, image_size_px=32,
-        image_width=64, image_layers=1, patch_size_px=16,
+        config.clip,
+        context_length=16,
+        embed_dim=16,
+        text_width=32,
+        text_heads=4,
+        text_layers=1,
+        image_size_px=32,
+        image_width=64,
+        image_layers=1,
+        patch_size_px=16,
     )
     save_clip(build_clip(clip), folder / "text_encoder")
     return folder
