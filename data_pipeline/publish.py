@@ -1,8 +1,8 @@
 """The drawn corpus as it would lie on the web: a link list like LAION's, and a site that is partly broken.
 
-KINDS is the whole table of what goes wrong. `source.scenes.bad_share` is the share of all rows that have something wrong; the
-weights say how that share is divided. Every row's fault is written to data/source/truth.parquet, so that the report of
-the funnel can be checked against it.
+KINDS is the whole table of what goes wrong. `source.scenes.bad_share` is the share of all rows that have something
+wrong; the weights say how that share is divided. Every row's fault is written to data/source/truth.parquet, so that
+the report of the funnel can be checked against it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,10 @@ class Row:
 
 
 def faults(seed: int, num_rows: int, bad_share: float) -> list[str | None]:
-    """For each row the name of its fault, or None. Shares are met to the row; row 0 is good (a duplicate needs a model)."""
+    """For each row the name of its fault, or None.
+
+    Shares are met to the row; row 0 is good (a duplicate needs a model).
+    """
     total = sum(kind.weight for kind in KINDS.values())
     budget = min(round(num_rows * bad_share), max(num_rows - 1, 0))
     exact = {name: budget * kind.weight / total for name, kind in KINDS.items()}
@@ -178,11 +181,17 @@ def _spoilt_caption(text: str, fault: str | None, rng: random.Random) -> str:
     if fault == "entity_caption":
         return rng.choice(("&quot;{0}&quot;", "{0} &amp; more", "{0}&nbsp;")).format(text)
     if fault == "url_caption":
-        return rng.choice(("{0} https://shop.example/item/{1}", "{0} - www.pictures.example", "{0} | http://example.org/{1}.html")).format(text, number)
+        return rng.choice(
+            ("{0} https://shop.example/item/{1}", "{0} - www.pictures.example", "{0} | http://example.org/{1}.html")
+        ).format(text, number)
     if fault == "email_caption":
-        return rng.choice(("{0}, orders: painter{1}@studio.example", "{0} (contact sales{1}@prints.example)")).format(text, number)
+        return rng.choice(("{0}, orders: painter{1}@studio.example", "{0} (contact sales{1}@prints.example)")).format(
+            text, number
+        )
     if fault == "file_name_caption":
-        return rng.choice(("IMG_2019{0:04d}.JPG", "DSC{0:05d}.jpg", "untitled-{0}.png", "scan_{0:04d}.jpeg")).format(number)
+        return rng.choice(("IMG_2019{0:04d}.JPG", "DSC{0:05d}.jpg", "untitled-{0}.png", "scan_{0:04d}.jpeg")).format(
+            number
+        )
     if fault == "empty_caption":
         return rng.choice(("", " ", "-"))
     return text
@@ -192,7 +201,10 @@ def _spoilt_caption(text: str, fault: str | None, rng: random.Random) -> str:
 
 
 def render_chunk(config: Config, first: int, last: int, folder: Path) -> Path:
-    """Rows first..last-1 as one piece on disk: `<first>.zip` (site files) beside `<first>.json`, which makes it count."""
+    """Rows first..last-1 as one piece on disk.
+
+    `<first>.zip` (site files) beside `<first>.json`, which makes it count.
+    """
     done = folder / f"{first:08d}.json"
     if done.exists():
         return done

@@ -35,7 +35,13 @@ RELATION_WORDS = {
     "above": ("above", "directly above"),
     "below": ("below", "under"),
 }
-WORD_FORMS = ('with the word "{0}"', "with the word {0}", 'and the text "{0}"', "with {0} written below", "and the word {0}")
+WORD_FORMS = (
+    'with the word "{0}"',
+    "with the word {0}",
+    'and the text "{0}"',
+    "with {0} written below",
+    "and the word {0}",
+)
 NUMBERS = {1: "one", 2: "two", 3: "three"}
 
 
@@ -67,7 +73,10 @@ def caption(scene: Scene, rng: random.Random, complete: bool = False) -> tuple[s
 
 
 def heldout_prompts(seed: int, number: int, side_px: int, heldout_share: float) -> list[dict[str, Any]]:
-    """`number` prompts of each suite, in the form of prompts.json; within a suite no two are the same while that is possible."""
+    """`number` prompts of each suite, in the form of prompts.json.
+
+    Within a suite no two are the same while that is possible.
+    """
     prompts = []
     for suite in SUITES:
         seen: list[str] = []

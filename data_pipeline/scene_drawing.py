@@ -1,8 +1,8 @@
 """How a scene is painted: geometry, styles, textures, backgrounds, words. Pillow on a supersampled canvas.
 
-Four styles. flat: filled shapes. outline: strokes in the object's colour. ink: filled, with a wobbly contour in ink (black,
-or the first of white and grey that differs from the object and the background). pixel: a mosaic of 16 x 16 cells whose
-brightness jitters a little, like hand-set tiles.
+Four styles. flat: filled shapes. outline: strokes in the object's colour. ink: filled, with a wobbly contour in ink
+(black, or the first of white and grey that differs from the object and the background). pixel: a mosaic of 16 x 16
+cells whose brightness jitters a little, like hand-set tiles.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data_pipeline.scenes import CELLS, COLOURS, SUPERSAMPLING, Scene, Thing
 
-STROKE = 0.11  # width of an outline / extent of the object
+STROKE = 0.12  # width of an outline / extent of the object
 RING_HOLE = 0.42  # inner / outer radius
 INK_WIDTH = 0.036  # of the side
 WORD_HEIGHT, WORD_CENTRE = 0.25, 0.80  # shares of the side
@@ -75,7 +75,17 @@ def _sprite_cells(scene: Scene, thing: Thing) -> int:
 STARS = {
     6: ("..##..", "..##..", "######", ".####.", ".####.", "##..##"),
     7: ("...#...", "...#...", "#######", ".#####.", "..###..", ".##.##.", ".#...#."),
-    9: ("....#....", "....#....", "...###...", "#########", ".#######.", "..#####..", "..#####..", ".###.###.", ".#.....#."),
+    9: (
+        "....#....",
+        "....#....",
+        "...###...",
+        "#########",
+        ".#######.",
+        "..#####..",
+        "..#####..",
+        ".###.###.",
+        ".#.....#.",
+    ),
 }
 
 
@@ -132,11 +142,29 @@ def _loops(shape: str) -> tuple[tuple[Point, ...], ...]:
         return (((0, -0.92), (1, 0.82), (-1, 0.82)),)
     if shape == "cross":
         a, b = 1.0, 0.34
-        corners = ((-b, -a), (b, -a), (b, -b), (a, -b), (a, b), (b, b), (b, a), (-b, a), (-b, b), (-a, b), (-a, -b), (-b, -b))
+        corners = (
+            (-b, -a),
+            (b, -a),
+            (b, -b),
+            (a, -b),
+            (a, b),
+            (b, b),
+            (b, a),
+            (-b, a),
+            (-b, b),
+            (-a, b),
+            (-a, -b),
+            (-b, -b),
+        )
         return (corners,)
     if shape == "star":
         radii = (1.05, 0.44)
-        return (tuple((radii[i % 2] * math.sin(turn * i / 10), 0.06 - radii[i % 2] * math.cos(turn * i / 10)) for i in range(10)),)
+        return (
+            tuple(
+                (radii[i % 2] * math.sin(turn * i / 10), 0.06 - radii[i % 2] * math.cos(turn * i / 10))
+                for i in range(10)
+            ),
+        )
     if shape == "heart":
         points = []
         for i in range(48):
@@ -174,13 +202,19 @@ def _outline(canvas: Image.Image, thing: Thing) -> None:
     side = canvas.size[0]
     share = STROKE * (0.72 if thing.shape == "ring" else 1.0)  # two strokes must fit where others have one
     for loop in _loops(thing.shape):
-        _stroke(canvas, _placed(loop, thing, side, share * thing.extent / 2), COLOURS[thing.colour], share * thing.extent)
+        _stroke(
+            canvas, _placed(loop, thing, side, share * thing.extent / 2), COLOURS[thing.colour], share * thing.extent
+        )
 
 
 def _ink(canvas: Image.Image, scene: Scene, thing: Thing, rng: random.Random) -> None:
     side = canvas.size[0]
     taken = (thing.colour, scene.background)
-    line = next(ink for name, ink in (("black", (16, 14, 18)), ("white", (248, 248, 250)), ("grey", (128, 128, 128))) if name not in taken)
+    line = next(
+        ink
+        for name, ink in (("black", (16, 14, 18)), ("white", (248, 248, 250)), ("grey", (128, 128, 128)))
+        if name not in taken
+    )
     loops = [_wobbly(_placed(loop, thing, side, INK_WIDTH / 2), 0.004 * side, rng) for loop in _loops(thing.shape)]
     _fill(canvas, thing, loops)
     for loop in loops:

@@ -1,8 +1,9 @@
 """The embedded corpus: small drawn pictures whose truth is known.
 
-A scene is a function of (seed, row) and nothing else: `scene_of_row` decides what is in it, data_pipeline/scene_captions.py
-says it in words, `draw` paints it. A fixed share of the (shape, colour, background colour) combinations is held out: no
-training scene has an object of such a combination, every held-out prompt has nothing else.
+A scene is a function of (seed, row) and nothing else: `scene_of_row` decides what is in it,
+data_pipeline/scene_captions.py says it in words, `draw` paints it. A fixed share of the (shape, colour, background
+colour) combinations is held out: no training scene has an object of such a combination, every held-out prompt has
+nothing else.
 
 Layout, in shares of the side: one object of 0.36-0.60; two side by side of 0.37-0.42; three in quadrants of 0.36-0.41.
 Nothing is smaller, so that every attribute is legible at 64 x 64 px (raphael/evaluate/scene_reader.py reads them back).

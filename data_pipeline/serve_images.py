@@ -3,8 +3,9 @@
     with serve(Path("data/source/site.zip")) as server:
         ... f"http://127.0.0.1:{server.port}/a/000001.png" ...
 
-The site is as broken as its `behaviours.json` says: "stall" answers never, "cut" closes in the middle of the body. Everything
-unknown is a 404. A folder is served by its pictures alone; a path that leads out of it, by dots or by a link, is a 404.
+The site is as broken as its `behaviours.json` says: "stall" answers never, "cut" closes in the middle of the body.
+Everything unknown is a 404. A folder is served by its pictures alone; a path that leads out of it, by dots or by a
+link, is a 404.
 """
 
 from __future__ import annotations
@@ -96,14 +97,22 @@ def site_of(config: Config, folder: str | Path = "data/source") -> Path | None:
 
 @contextlib.contextmanager
 def serve(site: str | Path, port: int = 0) -> Iterator[Served]:
-    """Serve an archive or a folder on 127.0.0.1 (port 0: any free one) while the block runs, from threads of this process."""
+    """Serve an archive or a folder on 127.0.0.1 while the block runs, from threads of this process.
+
+    port 0: any free one.
+    """
     site = Path(site)
     if not site.exists():
-        raise StageError(f"{site}: no such file or folder to serve; run the stage that makes it (dvc repro source) or set source.path")
+        raise StageError(
+            f"{site}: no such file or folder to serve; run the stage that makes it (dvc repro source) "
+            "or set source.path"
+        )
     try:
         content = FolderSite(site) if site.is_dir() else ZipSite(site)
     except zipfile.BadZipFile:
-        raise StageError(f"{site}: not a whole archive; delete it and run the stage that makes it (dvc repro source)") from None
+        raise StageError(
+            f"{site}: not a whole archive; delete it and run the stage that makes it (dvc repro source)"
+        ) from None
     try:
         server = _Server(("127.0.0.1", port), _Handler)
     except OSError as error:
@@ -196,8 +205,12 @@ def main(argv: list[str] | None = None) -> int:
 
     from raphael.stage import one_clear_line
 
-    parser = argparse.ArgumentParser(prog="serve_images", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("site", nargs="?", default="data/source/site.zip", help="an archive or a folder (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="serve_images", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "site", nargs="?", default="data/source/site.zip", help="an archive or a folder (default: %(default)s)"
+    )
     parser.add_argument("--port", type=int, default=0, help="0: any free one (default)")
     arguments = parser.parse_args(argv)
     parent = os.getppid()

@@ -1,8 +1,8 @@
 """Stage `source`: where the link list comes from.
 
-scenes: draws the embedded corpus and publishes it (data_pipeline/publish.py). coco, folder: local photographs and their captions,
-published in place by the loopback server. csv, parquet: a list of links, any LAION release. All leave data/source/ with
-metadata.parquet (LAION's columns) and prompts.json (held-out prompts, never among the rows).
+scenes: draws the embedded corpus and publishes it (data_pipeline/publish.py). coco, folder: local photographs and
+their captions, published in place by the loopback server. csv, parquet: a list of links, any LAION release. All leave
+data/source/ with metadata.parquet (LAION's columns) and prompts.json (held-out prompts, never among the rows).
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def _scenes(config: Config, stage: Stage) -> None:
         num_rows,
         kind="scenes",
         good=num_rows - sum(wrong.values()),
-        published_with_a_fault={name: {"rows": count, "noticed": publish.KINDS[name].noticed} for name, count in wrong.items()},
+        published_with_a_fault={
+            name: {"rows": count, "noticed": publish.KINDS[name].noticed} for name, count in wrong.items()
+        },
         heldout_prompts=len(prompts),
     )
 
@@ -80,7 +82,9 @@ def _render(config: Config, stage: Stage, num_rows: int, pieces: Path) -> None:
         workers = min(2, os.cpu_count() or 1)
         pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_end_with, initargs=(os.getpid(),))
         try:
-            running = {pool.submit(publish.render_chunk, config, first, last, pieces): last - first for first, last in waiting}
+            running = {
+                pool.submit(publish.render_chunk, config, first, last, pieces): last - first for first, last in waiting
+            }
             for future in as_completed(running):
                 future.result()
                 bar.update(running[future])

@@ -1,7 +1,7 @@
 """Link lists from files, CSV or parquet: any LAION release, in any spelling of its columns (data_pipeline/schema.py).
 
-The list is streamed into one metadata.parquet, columns and rows as they are; only rows whose caption is one of the held-out
-prompts (the list's last captions, at most a tenth of it) are left out.
+The list is streamed into one metadata.parquet, columns and rows as they are; only rows whose caption is one of the
+held-out prompts (the list's last captions, at most a tenth of it) are left out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def run(config: Config, stage: Stage) -> None:
 
     files = _files(config)
     limit = config.source.max_rows
-    work = stage.workdir(config.source.kind, *files, config.source.fingerprint, limit, config.source.max_heldout_prompts)
+    work = stage.workdir(
+        config.source.kind, *files, config.source.fingerprint, limit, config.source.max_heldout_prompts
+    )
     folder = fresh_folder(work)
     total, heldout = _count(config, files, limit)
     if not total:
@@ -43,7 +45,9 @@ def run(config: Config, stage: Stage) -> None:
                     table = pa.Table.from_batches([batch]).select(target.names).cast(target)
                 except (KeyError, ValueError, pa.ArrowInvalid) as error:
                     names = ", ".join(target.names)
-                    raise StageError(f"{file}: columns differ from the first file's ({names}): {' '.join(str(error).split())}") from None
+                    raise StageError(
+                        f"{file}: columns differ from the first file's ({names}): {' '.join(str(error).split())}"
+                    ) from None
                 stay = [value not in heldout for value in table[caption].to_pylist()]
                 table = table.filter(pa.array(stay))
                 writer.write_table(table)
@@ -56,7 +60,9 @@ def run(config: Config, stage: Stage) -> None:
     write_prompts(folder, config.source.kind, prompts)
     stage.publish(folder, OUT)
     shutil.rmtree(work)
-    stage.report(total, kept, {"held out for evaluation": total - kept}, kind=config.source.kind, heldout_prompts=len(prompts))
+    stage.report(
+        total, kept, {"held out for evaluation": total - kept}, kind=config.source.kind, heldout_prompts=len(prompts)
+    )
 
 
 def _files(config: Config) -> list[Path]:
@@ -66,10 +72,15 @@ def _files(config: Config) -> list[Path]:
     if path.is_dir():
         files = sorted(path.glob(f"*{suffix}"))
     else:
-        files = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(config.source.path, recursive=True))]
+        files = (
+            [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(config.source.path, recursive=True))]
+        )
     files = [file for file in files if file.is_file()]
     if not config.source.path or not files:
-        raise StageError(f"source.path: got {config.source.path!r}, expected a {suffix} file, a folder of them or a pattern; set it in {config.file}")
+        raise StageError(
+            f"source.path: got {config.source.path!r}, expected a {suffix} file, a folder of them or a pattern; "
+            f"set it in {config.file}"
+        )
     return files
 
 
@@ -122,7 +133,9 @@ def _count(config: Config, files: list[Path], limit: int) -> tuple[int, dict[str
     total = 0
     for _, batch, caption in _batches(config.source.kind, files, limit):
         total += len(batch)
-        last.extend(text for text in batch.column(caption).to_pylist()[-last.maxlen :] if text and len(text.strip()) >= 3)
+        last.extend(
+            text for text in batch.column(caption).to_pylist()[-last.maxlen :] if text and len(text.strip()) >= 3
+        )
     number = min(config.source.max_heldout_prompts, total // 10)
     distinct = list(dict.fromkeys(reversed(last)))[:number]
     return total, dict.fromkeys(reversed(distinct))

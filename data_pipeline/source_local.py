@@ -1,8 +1,9 @@
-"""Local photographs as a link list: COCO's caption JSON beside its picture folders, or any folder of pictures and texts.
+"""Local photographs as a link list: COCO's caption JSON beside its picture folders, or any folder of pictures and
+texts.
 
-Pictures stay where they are; rows say http://<download.local_host>/<path below source.path> and the loopback server serves
-that folder (data_pipeline/serve_images.py). Scores do not exist for local pictures: the columns are null, and params.coco.yaml
-says `filter.missing_score: keep`.
+Pictures stay where they are; rows say http://<download.local_host>/<path below source.path> and the loopback server
+serves that folder (data_pipeline/serve_images.py). Scores do not exist for local pictures: the columns are null, and
+params.coco.yaml says `filter.missing_score: keep`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ SUITE = "captions"
 def run(config: Config, stage: Stage) -> None:
     root = Path(config.source.path)
     if not config.source.path or not root.is_dir():
-        raise StageError(f"source.path: got {config.source.path!r}, expected a folder; set source.path in {config.file}")
+        raise StageError(
+            f"source.path: got {config.source.path!r}, expected a folder; set source.path in {config.file}"
+        )
     dropped: Counter[str] = Counter()
     read = _coco if config.source.kind == "coco" else _folder
     rows, heldout, total = read(root, config, dropped)
@@ -41,12 +44,16 @@ def run(config: Config, stage: Stage) -> None:
     with stage.progress(len(rows), "rows") as bar:
         table = _with_sizes(root, rows, config.download.local_host, bar, dropped)
     if not table:
-        raise StageError(f"{root}: none of the {len(rows)} pictures can be read; expected PNG, JPEG, WebP, BMP or GIF files")
+        raise StageError(
+            f"{root}: none of the {len(rows)} pictures can be read; expected PNG, JPEG, WebP, BMP or GIF files"
+        )
     write_table(folder / "metadata.parquet", table)
     write_prompts(folder, config.source.kind, prompts)
     stage.publish(folder, OUT)
     shutil.rmtree(work)
-    stage.report(total, len(table), dict(sorted(dropped.items())), kind=config.source.kind, heldout_prompts=len(prompts))
+    stage.report(
+        total, len(table), dict(sorted(dropped.items())), kind=config.source.kind, heldout_prompts=len(prompts)
+    )
 
 
 EXPECTED = {
@@ -55,7 +62,9 @@ EXPECTED = {
 }
 
 
-def _coco(root: Path, config: Config, dropped: Counter[str]) -> tuple[list[tuple[str, str]], list[tuple[str, str]], int]:
+def _coco(
+    root: Path, config: Config, dropped: Counter[str]
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]], int]:
     """Rows: one per (picture, caption) of train2017. Held out: the first caption of each val2017 picture."""
     train = _coco_captions(root, "train2017", required=True)
     rows = [(name, text) for name, text, present in train if present]
@@ -69,7 +78,9 @@ def _coco(root: Path, config: Config, dropped: Counter[str]) -> tuple[list[tuple
 
 def _coco_captions(root: Path, split: str, required: bool) -> list[tuple[str, str, bool]]:
     """(path below root, caption, is the picture there) of every caption of a split, by picture and annotation id."""
-    files = sorted(root.glob(f"captions_{split}*.json")) or sorted((root / "annotations").glob(f"captions_{split}*.json"))
+    files = sorted(root.glob(f"captions_{split}*.json")) or sorted(
+        (root / "annotations").glob(f"captions_{split}*.json")
+    )
     if not files and required:
         raise StageError(f"{root}: got no captions_{split}*.json, expected COCO's caption file there; set source.path")
     captions: dict[int, tuple[str, int, str]] = {}
@@ -78,14 +89,22 @@ def _coco_captions(root: Path, split: str, required: bool) -> list[tuple[str, st
             data = json.loads(file.read_text(encoding="utf-8"))
             names = {image["id"]: image["file_name"] for image in data["images"]}
             for item in data["annotations"]:
-                captions[item["id"]] = (f"{split}/{names[item['image_id']]}", item["id"], " ".join(item["caption"].split()))
+                captions[item["id"]] = (
+                    f"{split}/{names[item['image_id']]}",
+                    item["id"],
+                    " ".join(item["caption"].split()),
+                )
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise StageError(f"{file}: not COCO caption JSON ({type(error).__name__}: {error}); expected images and annotations") from None
+            raise StageError(
+                f"{file}: not COCO caption JSON ({type(error).__name__}: {error}); expected images and annotations"
+            ) from None
     present = {f"{split}/{path.name}" for path in (root / split).glob("*")}
     return [(name, text, name in present) for name, _, text in sorted(captions.values())]
 
 
-def _folder(root: Path, config: Config, dropped: Counter[str]) -> tuple[list[tuple[str, str]], list[tuple[str, str]], int]:
+def _folder(
+    root: Path, config: Config, dropped: Counter[str]
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]], int]:
     """A picture's caption is the .txt beside it (its lines are so many captions), else its file name in words."""
     pictures = sorted(path for path in root.rglob("*") if path.suffix.lower() in PICTURES and path.is_file())
     captions: dict[str, list[str]] = {}
@@ -93,7 +112,9 @@ def _folder(root: Path, config: Config, dropped: Counter[str]) -> tuple[list[tup
     for path in pictures:
         beside = path.with_suffix(".txt")
         if beside.is_file():
-            lines = [" ".join(line.split()) for line in beside.read_text(encoding="utf-8", errors="replace").splitlines()]
+            lines = [
+                " ".join(line.split()) for line in beside.read_text(encoding="utf-8", errors="replace").splitlines()
+            ]
         else:
             lines = [" ".join(path.stem.replace("_", " ").replace("-", " ").split())]
         lines = [line for line in lines if line] or [""]

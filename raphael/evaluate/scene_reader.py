@@ -1,8 +1,11 @@
-"""What is on a drawn scene? A classical detector: colours by nearest shade, objects by connected components, shapes by overlap.
+"""What is on a drawn scene? A classical detector without any training.
 
-It knows the vocabulary of the embedded corpus and nothing of how that is drawn: colours, geometry and letters below are its
-own. Pictures are read at 64 x 64 px whatever their size. On rendered scenes every attribute is right in >= 98 % of cases
-(tests/evaluate/test_scene_reader.py); soft or noisy pictures, as a latent model decodes them, are read a little less well.
+Colours are named by the nearest shade, objects are connected components, shapes and letters are told by overlap.
+
+It knows the vocabulary of the embedded corpus and nothing of how that is drawn: colours, geometry and letters below
+are its own. Pictures are read at 64 x 64 px whatever their size. On rendered scenes every attribute is right in >= 98
+% of cases (tests/evaluate/test_scene_reader.py); soft or noisy pictures, as a latent model decodes them, are read a
+little less well.
 """
 
 from __future__ import annotations
@@ -14,14 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from raphael.evaluate.scene_colours import common_name, distance_to_segment, read_background
+
 SIDE = 64
 FINE = 128  # masks are taken from the picture at twice the size: contours between pixels
-COLOURS = {  # a representative and how far its shades go towards black and towards white
-    "red": (221, 28, 35), "orange": (255, 143, 10), "yellow": (254, 227, 28), "green": (36, 157, 66), "cyan": (65, 213, 230),
-    "blue": (31, 78, 220), "purple": (127, 44, 166), "pink": (254, 135, 190), "white": (249, 249, 249), "black": (20, 20, 22),
-}  # fmt: skip
-NAMES = tuple(COLOURS)
-DARKEST, LIGHTEST = 0.74, 0.24
 FOREGROUND = 44.0  # RGB distance from every shade of the background
 OBJECT, LETTER = 0.31, 0.14  # smallest extents, in shares of the side
 WORDS = ("CAT", "DOG", "SUN", "KEY", "FOX", "CUP", "MAP", "TOY", "ICE", "OWL", "BEE", "ZIP")
@@ -33,7 +32,7 @@ ATTRIBUTES = ("background_colour", "shape_colour", "shape", "relation", "count",
 
 @dataclass(frozen=True)
 class ReadObject:
-    """centre (x, y), extent, area: in shares of the picture's side and of its area. score: overlap with the named shape, 0..1."""
+    """centre (x, y), extent and area are shares of the picture's side and area; score: overlap with the shape, 0..1."""
 
     shape: str
     colour: str
@@ -65,7 +64,7 @@ def read_scene(image: np.ndarray) -> SceneReading:
     import cv2
 
     small = _at_reading_size(image)
-    background = _background(small)
+    background = read_background(small)
     picture = cv2.resize(small, (FINE, FINE), interpolation=cv2.INTER_CUBIC).astype(np.float32)
     distance = background.distance(picture)
     foreground = cv2.morphologyEx((distance > FOREGROUND).astype(np.uint8), cv2.MORPH_OPEN, np.ones((2, 2), np.uint8))
@@ -82,8 +81,8 @@ def read_scene(image: np.ndarray) -> SceneReading:
 def judge(reading: SceneReading, truth: dict[str, Any]) -> dict[str, bool | None]:
     """For each of ATTRIBUTES: is the reading what the truth (the form of prompts.json) asks for? None: it does not ask.
 
-    shape_colour and shape ask for all objects of the truth at once; the pairing of asked and read objects that suits best
-    counts. relation finds its two objects by colour (by shape where the colours are equal).
+    shape_colour and shape ask for all objects of the truth at once; the pairing of asked and read objects that suits
+    best counts. relation finds its two objects by colour (by shape where the colours are equal).
     """
     asked = truth.get("objects") or []
     pairs = _pairing(asked, reading.objects)
@@ -107,7 +106,10 @@ def judge(reading: SceneReading, truth: dict[str, Any]) -> dict[str, bool | None
 
 
 def _pairing(asked: list[dict[str, Any]], read: tuple[ReadObject, ...]) -> dict[int, ReadObject]:
-    """Asked object -> read object, each used once, with the most agreeing attributes; larger objects first among equals."""
+    """Asked object -> read object, each used once, with the most agreeing attributes.
+
+    Larger objects first among equals.
+    """
     read = read[:6]
     size = min(len(asked), len(read))
     best: tuple[int, dict[int, ReadObject]] = (-1, {})
@@ -134,9 +136,6 @@ def _holds(relation: dict[str, Any], asked: list[dict[str, Any]], read: tuple[Re
     return False
 
 
-# ---- colours -------------------------------------------------------------------------------------------------------
-
-
 def _at_reading_size(image: np.ndarray) -> np.ndarray:
     import cv2
 
@@ -149,69 +148,6 @@ def _at_reading_size(image: np.ndarray) -> np.ndarray:
     if crop == SIDE:
         return image
     return cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_AREA if crop > SIDE else cv2.INTER_CUBIC)
-
-
-def _distance_to_segment(pixels: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Distance of pixels (..., 3) from the line between two colours (3,)."""
-    along = b - a
-    share = np.clip(((pixels - a) @ along) / max(float(along @ along), 1e-6), 0, 1)
-    return np.linalg.norm(pixels - (a + share[..., None] * along), axis=-1)
-
-
-@functools.cache
-def _shades() -> np.ndarray:
-    """(10, 24, 3): each colour's shades, sampled on the lines between its own value, its darkest and its lightest shade."""
-    base = np.array(list(COLOURS.values()), np.float32)
-    darkest = np.where(np.array(NAMES)[:, None] == "black", 0.4, DARKEST).astype(np.float32)  # black has hardly any
-    dark, light = base * darkest, base + LIGHTEST * (255 - base)
-    share = np.linspace(0, 1, 8, dtype=np.float32)[:, None, None]
-    return np.concatenate([a + share * (b - a) for a, b in ((base, dark), (base, light), (dark, light))]).transpose(1, 0, 2)
-
-
-def _distances(pixels: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """(N, K) distances of pixels (N, 3) from colours (K, 3)."""
-    square = (pixels * pixels).sum(1)[:, None] - 2 * pixels @ colours.T + (colours * colours).sum(1)
-    return np.sqrt(np.maximum(square, 0))
-
-
-def _distance_to_shades(pixels: np.ndarray, name: str) -> np.ndarray:
-    """Distance of pixels (..., 3) from the nearest of a colour's shades."""
-    return _distances(pixels.reshape(-1, 3), _shades()[NAMES.index(name)]).min(1).reshape(pixels.shape[:-1])
-
-
-def _name_pixels(pixels: np.ndarray) -> np.ndarray:
-    """Index into NAMES of the nearest colour for pixels (N, 3): to its shades, but its own value counts too."""
-    shades = _shades()
-    to_shades = _distances(pixels, shades.reshape(-1, 3)).reshape(len(pixels), *shades.shape[:2])
-    return (to_shades.min(2) + 0.35 * to_shades[:, :, 0]).argmin(1)
-
-
-def _common_name(pixels: np.ndarray) -> str:
-    return NAMES[np.bincount(_name_pixels(pixels), minlength=len(NAMES)).argmax()]
-
-
-@dataclass(frozen=True)
-class _Background:
-    """The colour of most of the frame. flat: its one value (3,) where it has hardly any shades, else None."""
-
-    colour: str
-    flat: np.ndarray | None
-
-    def distance(self, pixels: np.ndarray) -> np.ndarray:
-        if self.flat is None:
-            return _distance_to_shades(pixels, self.colour)
-        return np.linalg.norm(pixels - self.flat, axis=-1)
-
-
-def _background(small: np.ndarray) -> _Background:
-    sides = (small[:3], small[-3:], small[3:-3, :3], small[3:-3, -3:])
-    frame = np.concatenate([side.reshape(-1, 3) for side in sides]).astype(np.float32)
-    names = _name_pixels(frame)
-    index = int(np.bincount(names, minlength=len(NAMES)).argmax())
-    own = frame[names == index]
-    middle = np.median(own, axis=0)
-    spread = np.quantile(np.linalg.norm(own - middle, axis=1), 0.9)
-    return _Background(NAMES[index], middle if spread < 9 else None)
 
 
 # ---- objects -------------------------------------------------------------------------------------------------------
@@ -246,10 +182,10 @@ def _read_object(picture: np.ndarray, foreground: np.ndarray, body: np.ndarray) 
     depth = cv2.distanceTransform(painted, cv2.DIST_L2, 5)
     deepest = float(depth.max())
     core = picture[depth >= max(0.72 * deepest, 1.0)]
-    colour = _common_name(core)
+    colour = common_name(core)
     box = (slice(top, bottom), slice(left, right))
     shape, score = _shape(body[box])
-    hollow = 1 - painted.sum() / body.sum() > 0.12 and deepest < 0.15 * extent
+    hollow = 1 - painted.sum() / body.sum() > 0.07 and deepest < 0.14 * extent
     if shape == "circle":
         shape, hollow = _disc_or_ring(painted[box])
     style = "flat"
@@ -274,11 +210,13 @@ def _is_inked(picture: np.ndarray, body: np.ndarray, painted: np.ndarray, own: n
         reach = np.linalg.norm(own - ink)
         if min(reach, np.linalg.norm(ground - ink)) < 60:
             continue  # not visible on this object or this background
-        on_the_way = _distance_to_segment(np.float32(ink), own, ground) < 40  # grey between black and white: any edge has it
+        on_the_way = (
+            distance_to_segment(np.float32(ink), own, ground) < 40
+        )  # grey between black and white: any edge has it
         share = []
         for line in lines:
             near = np.linalg.norm(line - ink, axis=1) < 0.55 * reach
-            share.append((near & (on_the_way | (_distance_to_segment(line, own, ground) >= 40))).mean())
+            share.append((near & (on_the_way | (distance_to_segment(line, own, ground) >= 40))).mean())
         if share and (min(share) if on_the_way else max(share)) > 0.6:
             return True
     return False
@@ -300,13 +238,15 @@ def _shape(body: np.ndarray) -> tuple[str, float]:
 def _disc_or_ring(painted: np.ndarray) -> tuple[str, bool]:
     """Round things by what is painted along the radius: (name, is it an outline drawing).
 
-    A disc is painted throughout, or at its contour alone (outline). A ring's middle is empty; it is a broad band, or two
-    strokes with nothing between them (outline).
+    A disc is painted throughout, or at its contour alone (outline). A ring's middle is empty; it is a broad band, or
+    two strokes with nothing between them (outline).
     """
     height, width = painted.shape
     y, x = np.mgrid[0:height, 0:width]
     radius = np.hypot((x + 0.5) / width * 2 - 1, (y + 0.5) / height * 2 - 1)
-    middle, inner, outer = (painted[(radius >= a) & (radius < b)].mean() for a, b in ((0, 0.20), (0.31, 0.46), (0.55, 0.74)))
+    middle, inner, outer = (
+        painted[(radius >= a) & (radius < b)].mean() for a, b in ((0, 0.20), (0.31, 0.46), (0.51, 0.66))
+    )
     if outer >= 0.5:
         return ("ring" if middle < 0.4 else "circle"), False
     return ("ring" if inner > 0.5 and middle < 0.6 else "circle"), True
@@ -356,7 +296,11 @@ def _inside(name: str, side: int) -> np.ndarray:
     angle, radius = np.arctan2(x, -(y - 0.05)), np.hypot(x, y - 0.05)  # a star of five points
     wedge = np.abs((angle + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
     inner = 0.42  # radius of the notches; the edge runs from a notch (wedge = pi/5) to a tip (wedge = 0)
-    edge = inner * np.sin(np.pi / 5) / (inner * np.sin(np.pi / 5) * np.cos(wedge) + np.sin(wedge) * (1 - inner * np.cos(np.pi / 5)))
+    edge = (
+        inner
+        * np.sin(np.pi / 5)
+        / (inner * np.sin(np.pi / 5) * np.cos(wedge) + np.sin(wedge) * (1 - inner * np.cos(np.pi / 5)))
+    )
     return radius <= 1.05 * edge
 
 
@@ -366,8 +310,8 @@ def _inside(name: str, side: int) -> np.ndarray:
 def _roughness(small: np.ndarray, ground: np.ndarray) -> tuple[float, float]:
     """Jumps of brightness from cell to cell of a 16 x 16 grid, and on the same grid moved by half a cell.
 
-    small: (64, 64, 3); ground: (64, 64) bool, True on the background, where alone jumps count. Second differences, so that
-    a gradient is no jump; the middle 2 x 2 px of each cell, which a blur leaves alone.
+    small: (64, 64, 3); ground: (64, 64) bool, True on the background, where alone jumps count. Second differences, so
+    that a gradient is no jump; the middle 2 x 2 px of each cell, which a blur leaves alone.
     """
     grey = small.astype(np.float32).mean(-1)
 
@@ -402,7 +346,11 @@ def _read_word(distance: np.ndarray, writing: np.ndarray) -> str | None:
     window = (slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1))
     sharp[window] = (distance[window] > 0.5 * ink) & (cv2.dilate(writing, np.ones((3, 3), np.uint8))[window] > 0)
     _, labels, stats, _ = cv2.connectedComponentsWithStats(sharp, connectivity=8)
-    letters = [(stats[i, cv2.CC_STAT_LEFT], labels == i) for i in range(1, len(stats)) if stats[i, cv2.CC_STAT_HEIGHT] >= LETTER * FINE]
+    letters = [
+        (stats[i, cv2.CC_STAT_LEFT], labels == i)
+        for i in range(1, len(stats))
+        if stats[i, cv2.CC_STAT_HEIGHT] >= LETTER * FINE
+    ]
     if len(letters) != 3:
         return None
     read = [_letter_box(mask) for _, mask in sorted(letters, key=lambda item: item[0])]

@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 
 from data_pipeline import scene_captions, scenes
-from data_pipeline.scenes import COLOURS, SHAPES, STYLES, SUITES, Scene, heldout_combinations, heldout_scene, scene_of_row
+from data_pipeline.scenes import (
+    COLOURS,
+    SHAPES,
+    STYLES,
+    SUITES,
+    Scene,
+    heldout_combinations,
+    heldout_scene,
+    scene_of_row,
+)
 
 SHARE = 0.12
 SIDES = (64, 128)
@@ -63,7 +72,9 @@ def test_pictures_have_the_side_asked_for_and_objects_stay_inside_and_apart():
         picture = np.asarray(scenes.draw(scene))
         assert picture.shape == (scene.side_px, scene.side_px, 3) and SIDES[0] <= scene.side_px <= SIDES[1]
         for thing in scene.things:
-            assert all(0.02 <= centre - thing.extent / 2 and centre + thing.extent / 2 <= 0.98 for centre in thing.centre)
+            assert all(
+                0.02 <= centre - thing.extent / 2 and centre + thing.extent / 2 <= 0.98 for centre in thing.centre
+            )
         for first, a in enumerate(scene.things):
             for b in scene.things[:first]:
                 gap = max(abs(x - y) for x, y in zip(a.centre, b.centre, strict=True))
@@ -88,7 +99,9 @@ def test_a_caption_says_what_its_truth_states_and_nothing_that_is_not_there():
         shapes = {word for word in SHAPES if any(token in (word, word + "s", word + "es") for token in words)}
         assert shapes == {item["shape"] for item in truth["objects"]}
         assert {word for word in words if word in STYLES} == ({truth["style"]} - {None})
-        assert {word for word in words if word in ("small", "large")} == ({item["size"] for item in truth["objects"]} - {None})
+        assert {word for word in words if word in ("small", "large")} == (
+            {item["size"] for item in truth["objects"]} - {None}
+        )
         assert (truth["text"] is None) or truth["text"].lower() in words
         assert " a orange" not in text and " an red" not in text
 

@@ -64,7 +64,11 @@ def test_good_files_are_served_whole_and_unknown_ones_are_404(site):
 
 def test_a_page_in_the_place_of_a_picture_says_what_it_is(site):
     with serve(site) as server:
-        assert get(server.port, "/a/page.jpg") == (200, b"<!doctype html><title>Gone</title>", "text/html; charset=utf-8")
+        assert get(server.port, "/a/page.jpg") == (
+            200,
+            b"<!doctype html><title>Gone</title>",
+            "text/html; charset=utf-8",
+        )
 
 
 def test_a_cut_body_ends_before_its_stated_length(site):
@@ -96,7 +100,9 @@ def test_one_connection_serves_many_requests_and_many_connections_at_once(site):
             sockets.add(id(connection.sock))
         assert len(sockets) == 1 and connection.sock is not None
         statuses: list[int] = []
-        threads = [threading.Thread(target=lambda: statuses.append(get(server.port, "/a/good.png")[0])) for _ in range(24)]
+        threads = [
+            threading.Thread(target=lambda: statuses.append(get(server.port, "/a/good.png")[0])) for _ in range(24)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -107,11 +113,25 @@ def test_one_connection_serves_many_requests_and_many_connections_at_once(site):
 
 def test_it_listens_on_loopback_alone(site):
     with serve(site) as server:
-        listening = [link.laddr for link in psutil.Process().net_connections("inet") if link.status == psutil.CONN_LISTEN]
+        listening = [
+            link.laddr for link in psutil.Process().net_connections("inet") if link.status == psutil.CONN_LISTEN
+        ]
         assert [address.ip for address in listening if address.port == server.port] == ["127.0.0.1"]
 
 
-@pytest.mark.parametrize("path", ["/../secret.png", "/sub/../../secret.png", "/%2e%2e/secret.png", "//secret.png/../../secret.png", "/out.png", "/notes.txt", "/sub", "/%00.png"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/../secret.png",
+        "/sub/../../secret.png",
+        "/%2e%2e/secret.png",
+        "//secret.png/../../secret.png",
+        "/out.png",
+        "/notes.txt",
+        "/sub",
+        "/%00.png",
+    ],
+)
 def test_a_folder_is_served_by_its_pictures_and_no_path_leads_out_of_it(tmp_path, path):
     root = tmp_path / "root"
     (root / "sub").mkdir(parents=True)
@@ -130,14 +150,19 @@ def test_a_missing_site_a_broken_archive_and_a_busy_port_are_said_in_one_line(si
         pass
     with pytest.raises(StageError, match="not a whole archive"), serve(tmp_path / "half.zip"):
         pass
-    with serve(site) as server, pytest.raises(StageError, match=f"port {server.port} on 127.0.0.1"), serve(site, server.port):
+    with (
+        serve(site) as server,
+        pytest.raises(StageError, match=f"port {server.port} on 127.0.0.1"),
+        serve(site, server.port),
+    ):
         pass
 
 
 def test_the_program_ends_with_the_one_that_started_it(site, project):
     code = (
         "import subprocess, sys, time;"
-        f"child = subprocess.Popen([sys.executable, '-m', 'data_pipeline.serve_images', {str(site)!r}], stdout=subprocess.PIPE, text=True);"
+        f"command = [sys.executable, '-m', 'data_pipeline.serve_images', {str(site)!r}];"
+        "child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True);"
         "print(child.pid, child.stdout.readline().strip(), flush=True); time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=project)
@@ -146,7 +171,11 @@ def test_the_program_ends_with_the_one_that_started_it(site, project):
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
     deadline = time.monotonic() + 15
-    while psutil.pid_exists(int(pid)) and psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+    while (
+        psutil.pid_exists(int(pid))
+        and psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.1)
     assert not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
 

@@ -89,7 +89,9 @@ def test_every_fault_is_what_its_name_says(published):
             with Image.open(io.BytesIO(body)) as picture:
                 picture.load()
                 assert picture.size == (row["WIDTH"], row["HEIGHT"])
-                assert (picture.size[0] < 48) == (fault == "tiny") and (picture.size[0] > 2.5 * picture.size[1]) == (fault == "banner")
+                assert (picture.size[0] < 48) == (fault == "tiny") and (picture.size[0] > 2.5 * picture.size[1]) == (
+                    fault == "banner"
+                )
         if fault == "truncated":
             with pytest.raises(OSError), Image.open(io.BytesIO(body)) as picture:
                 picture.load()
@@ -97,7 +99,9 @@ def test_every_fault_is_what_its_name_says(published):
         assert (None in scores) == (fault == "no_score")
         if None not in scores:
             assert (row["AESTHETIC_SCORE"] < 4.7) == (fault == "low_score")
-            assert (row["pwatermark"] >= 0.5) == (fault == "watermark") and (row["punsafe"] >= 0.5) == (fault == "unsafe")
+            assert (row["pwatermark"] >= 0.5) == (fault == "watermark") and (row["punsafe"] >= 0.5) == (
+                fault == "unsafe"
+            )
         assert (row["TEXT"] == truth["caption"]) == (not fault.endswith("_caption"))
 
 
@@ -119,7 +123,9 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(published, tmp_path, pr
         (tmp_path / name / "params.yaml").write_text(text)
     command = [sys.executable, "-m", "data_pipeline.source"]
     environment = os.environ | {"PYTHONPATH": str(project)}
-    child = subprocess.Popen(command, cwd=tmp_path / "killed", start_new_session=True, env=environment, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(
+        command, cwd=tmp_path / "killed", start_new_session=True, env=environment, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("killed/work/source/*/pieces/*.json")) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -168,7 +174,11 @@ def write_picture(path: Path, size=(40, 30)) -> None:
 def coco_like(root: Path) -> None:
     for split, number in (("train2017", 3), ("val2017", 2)):
         images = [{"id": i, "file_name": f"{i:012d}.jpg"} for i in range(number + 1)]  # the last has no file
-        notes = [{"id": 10 * i + k, "image_id": i, "caption": f"{split}  picture {i}\n told {k}"} for i in range(number + 1) for k in (1, 0)]
+        notes = [
+            {"id": 10 * i + k, "image_id": i, "caption": f"{split}  picture {i}\n told {k}"}
+            for i in range(number + 1)
+            for k in (1, 0)
+        ]
         (root / f"captions_{split}.json").parent.mkdir(parents=True, exist_ok=True)
         (root / f"captions_{split}.json").write_text(json.dumps({"images": images, "annotations": notes}))
         for i in range(number):
@@ -183,7 +193,8 @@ def test_coco_gives_a_row_per_caption_and_prompts_from_the_validation_pictures(p
     assert rows[0]["TEXT"] == "train2017 picture 0 told 0" and (rows[2]["WIDTH"], rows[2]["HEIGHT"]) == (41, 30)
     assert rows[0]["URL"] == "http://scenes.invalid/train2017/000000000000.jpg" and rows[0]["AESTHETIC_SCORE"] is None
     assert [(item["prompt"], item["reference"]) for item in prompts_of(tmp_path / "ws")] == [
-        ("val2017 picture 0 told 0", "val2017/000000000000.jpg"), ("val2017 picture 1 told 0", "val2017/000000000001.jpg"),
+        ("val2017 picture 0 told 0", "val2017/000000000000.jpg"),
+        ("val2017 picture 1 told 0", "val2017/000000000001.jpg"),
     ]  # fmt: skip
     assert not (tmp_path / "ws/data/source/site.zip").exists()
     assert str(tmp_path) not in (tmp_path / "ws/data/source/prompts.json").read_text()
@@ -218,7 +229,9 @@ def test_a_folder_gives_text_files_or_file_names_as_captions(project, tmp_path):
 
 
 def test_a_csv_with_a_byte_order_mark_and_line_breaks_keeps_its_columns(project, tmp_path):
-    lines = ["url,caption,aesthetic_score"] + [f'http://x.example/{i}.jpg,"boat {i}\nat sea",{5 + i / 100}' for i in range(40)]
+    lines = ["url,caption,aesthetic_score"] + [
+        f'http://x.example/{i}.jpg,"boat {i}\nat sea",{5 + i / 100}' for i in range(40)
+    ]
     (tmp_path / "list.csv").write_text("\n".join(lines), encoding="utf-8-sig")
     report = run(settings(project, kind="csv", path=str(tmp_path / "list.csv")), tmp_path / "ws")
     rows = rows_of(tmp_path / "ws")
@@ -237,7 +250,10 @@ def test_several_parquet_files_become_one_list_and_held_out_captions_are_in_no_r
         pq.write_table(table, tmp_path / f"part-{part}.parquet")
     config = settings(project, kind="parquet", path=str(tmp_path / "part-*.parquet"))
     report = run(config, tmp_path / "ws")
-    texts, prompts = [row["TEXT"] for row in rows_of(tmp_path / "ws")], {item["prompt"] for item in prompts_of(tmp_path / "ws")}
+    texts, prompts = (
+        [row["TEXT"] for row in rows_of(tmp_path / "ws")],
+        {item["prompt"] for item in prompts_of(tmp_path / "ws")},
+    )
     assert "the same boat" in prompts and len(prompts) == 10 and not prompts & set(texts)
     assert report["total"] == 100 and report["kept"] == len(texts) == 100 - 9 - 10
     few = run(replace(config, source=replace(config.source, max_rows=30)), tmp_path / "few")

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from data_pipeline import scenes
-from raphael.evaluate import scene_reader
+from raphael.evaluate import scene_colours, scene_reader
 from raphael.evaluate.scene_reader import ATTRIBUTES, SceneReading, judge, read_scene
 
 NUMBER = 400
@@ -60,7 +60,8 @@ def test_colours_shapes_and_styles_are_read_right_in_every_suite(read, suite):
 
 
 @pytest.mark.parametrize("attribute, chance", [
-    ("background_colour", 0.2), ("shape_colour", 0.2), ("shape", 0.25), ("relation", 0.25), ("count", 0.45), ("text", 0.2),
+    ("background_colour", 0.2), ("shape_colour", 0.2), ("shape", 0.25), ("relation", 0.25), ("count", 0.45),
+    ("text", 0.2),
     ("style", 0.4),
 ])  # fmt: skip
 def test_a_wrong_picture_is_called_wrong(read, attribute, chance):
@@ -81,7 +82,14 @@ def test_blur_and_noise_like_a_decoders_cost_little(suite):
         soft = cv2.GaussianBlur(picture, (0, 0), 0.7) + rng.normal(0, 6, picture.shape)
         readings.append(read_scene(np.clip(soft, 0, 255).round().astype(np.uint8)))
         truths.append(truth)
-    for attribute in ("background_colour", "shape_colour", "shape", "style", "count", *({suite} & {"relation", "text"})):
+    for attribute in (
+        "background_colour",
+        "shape_colour",
+        "shape",
+        "style",
+        "count",
+        *({suite} & {"relation", "text"}),
+    ):
         assert share_right(readings, truths, attribute) >= 0.93, attribute
 
 
@@ -101,7 +109,9 @@ def test_plain_noise_and_black_pictures_are_read_without_an_object_or_an_error()
     assert judge(read_scene(noise), scenes.heldout_scene(0, "single", 0, 64, 0.12).truth())["shape"] is False
 
 
-@pytest.mark.parametrize("image", [np.zeros((64, 64, 3), np.float32), np.zeros((64, 64), np.uint8), np.zeros((8, 8, 3), np.uint8)])
+@pytest.mark.parametrize(
+    "image", [np.zeros((64, 64, 3), np.float32), np.zeros((64, 64), np.uint8), np.zeros((8, 8, 3), np.uint8)]
+)
 def test_another_kind_of_array_is_refused_in_one_line(image):
     with pytest.raises(ValueError, match=r"image: got .*, expected uint8 \(H, W, 3\)"):
         read_scene(image)
@@ -109,7 +119,14 @@ def test_another_kind_of_array_is_refused_in_one_line(image):
 
 def test_what_a_truth_does_not_ask_is_not_judged():
     reading = read_scene(picture_of(scenes.heldout_scene(0, "single", 0, 64, 0.12)))
-    nothing = {"style": None, "background": {"colour": None, "kind": None}, "objects": [], "relation": None, "count": None, "text": None}
+    nothing = {
+        "style": None,
+        "background": {"colour": None, "kind": None},
+        "objects": [],
+        "relation": None,
+        "count": None,
+        "text": None,
+    }
     assert judge(reading, nothing) == dict.fromkeys(ATTRIBUTES)
 
 
@@ -122,7 +139,10 @@ def test_colours_that_are_swapped_between_two_objects_are_no_match(read):
 
 
 def test_the_reader_imports_nothing_of_the_renderer():
-    tree = ast.parse(inspect.getsource(scene_reader))
-    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    names = set()
+    for module in (scene_reader, scene_colours):
+        tree = ast.parse(inspect.getsource(module))
+        names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    names.remove("raphael.evaluate.scene_colours")
     assert names <= {"__future__", "functools", "itertools", "dataclasses", "typing", "numpy", "cv2"}
