@@ -25,6 +25,7 @@ from raphael.stage import StageError, one_clear_line, write_json
 
 NAMES = ("full", "data", "train", "evaluate")
 SERVERS = ("serve", "mlflow", "prefect")  # in the order of ending
+NO_JOBS = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # a dozen idle processes for evaluations that we do not use
 READY = "deployments.ready"
 
 
@@ -41,7 +42,7 @@ def up(root: Path) -> None:
     ready = root / ".run" / READY
     try:
         start(root, "prefect", prefect_command(port), port)
-        start(root, "mlflow", [*mlflow_command, "--workers", "1", *store], mlflow_port)
+        start(root, "mlflow", [*mlflow_command, "--workers", "1", *store], mlflow_port, NO_JOBS)
         wait(root, "prefect", lambda: answers(f"{api}/health"))
         wait(root, "mlflow", lambda: answers(f"{page}/health"))
         if "serve" not in before:
