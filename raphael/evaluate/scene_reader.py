@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -354,22 +355,24 @@ def _read_word(distance: np.ndarray, writing: np.ndarray) -> str | None:
     if len(letters) != 3:
         return None
     read = [_letter_box(mask) for _, mask in sorted(letters, key=lambda item: item[0])]
-    scores = {
-        word: np.mean([_letter_score(mask, aspect, letter) for (mask, aspect), letter in zip(read, word, strict=True)])
-        for word in WORDS
-    }
+    likeness = [
+        {letter: _letter_score(*box, letter) for letter in {word[place] for word in WORDS}}
+        for place, box in enumerate(read)
+    ]
+    scores = {word: sum(likeness[place][letter] for place, letter in enumerate(word)) / 3 for word in WORDS}
     best = max(scores, key=scores.get)
     return best if scores[best] >= WORD_SCORE else None
 
 
 def _letter_box(mask: np.ndarray) -> tuple[np.ndarray, float]:
-    """A letter cut to its ink at 24 x 24, and its width / height."""
+    """A letter cut to its ink at 24 x 24, less its mean and of norm 1, and its width / height."""
     import cv2
 
     rows, columns = np.nonzero(mask)
     cut = mask[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].astype(np.float32)
     box = cv2.GaussianBlur(cv2.resize(cut, (24, 24), interpolation=cv2.INTER_AREA), (0, 0), 1.2)
-    return box, cut.shape[1] / cut.shape[0]
+    box = box - box.mean()
+    return box / max(float(np.linalg.norm(box)), 1e-6), cut.shape[1] / cut.shape[0]
 
 
 @functools.cache
@@ -387,9 +390,5 @@ def _letter_templates(letter: str) -> list[tuple[np.ndarray, float]]:
 
 def _letter_score(box: np.ndarray, aspect: float, letter: str) -> float:
     """Correlation with the best template, less for another proportion."""
-    best = -1.0
-    for template, proportion in _letter_templates(letter):
-        a, b = box - box.mean(), template - template.mean()
-        correlation = float((a * b).sum() / max(np.sqrt((a * a).sum() * (b * b).sum()), 1e-6))
-        best = max(best, correlation - 0.5 * abs(np.log(aspect / proportion)))
-    return best
+    templates = _letter_templates(letter)
+    return max(float((box * mask).sum()) - 0.5 * abs(math.log(aspect / proportion)) for mask, proportion in templates)

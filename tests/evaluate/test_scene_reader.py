@@ -145,4 +145,4 @@ def test_the_reader_imports_nothing_of_the_renderer():
         names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     names.remove("raphael.evaluate.scene_colours")
-    assert names <= {"__future__", "functools", "itertools", "dataclasses", "typing", "numpy", "cv2"}
+    assert names <= {"__future__", "functools", "itertools", "math", "dataclasses", "typing", "numpy", "cv2"}
