@@ -103,8 +103,10 @@ class Autoencoder(nn.Module):
 
 
 def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
-    """A KL autoencoder with random weights (torch's global generator). Convolutions only, so any picture size goes."""
+    """A KL autoencoder to train: random (torch's global generator) but for `start_linear`; convolutions only."""
     from diffusers import AutoencoderKL
+
+    from raphael.encoders.linear_start import start_linear
 
     levels = len(config.channels)
     network = AutoencoderKL(
@@ -119,6 +121,7 @@ def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
         force_upcast=False,
         mid_block_add_attention=False,
     )
+    start_linear(network)
     with torch.no_grad():  # nearly deterministic at first: at a deviation of 1 the noise drowns hundreds of steps
         network.quant_conv.weight[config.latent_channels :].mul_(0.1)
         network.quant_conv.bias[config.latent_channels :].fill_(INITIAL_LOG_VARIANCE)
