@@ -26,7 +26,7 @@ class GateNoise:
 class BlockOutput:
     """What one transformer block shows besides its features."""
 
-    edge_logits: Tensor  # (B, 1, h, w)
+    edge_logits: Tensor | None  # (B, 1, h, w)
     space: Routing
     time: Routing
     attention: Tensor | None  # (B, h*w, N), averaged over heads; only when collected
@@ -49,6 +49,7 @@ class Conditioning:
     context_mask: Tensor | None  # (B, N) bool; None: all tokens count
     gate_noise: GateNoise | None = None
     collect: bool = False
+    edges: bool = True
     bias: AttentionBias | None = None
     edit: AttentionEdit | None = None
 
@@ -103,7 +104,7 @@ class RaphaelBlock(nn.Module):
         )
         h = h + term
         out = x + self.out(h.mT.unflatten(2, (height, width)))
-        edges = self.edge_head(attention, height, width)
+        edges = self.edge_head(attention, height, width) if cond.edges else None
         return out, BlockOutput(edges, space, time, attention if cond.collect else None, height, width)
 
 
@@ -155,18 +156,20 @@ class UNet(nn.Module):
         *,
         gate_noise: GateNoise | None = None,
         collect: bool = False,
+        edges: bool = True,
         bias: AttentionBias | None = None,
         edit: AttentionEdit | None = None,
     ) -> UNetOutput:
         """Predict eps or v. With mean_over="all_tokens" the mask is ignored: padding is attended to and counted.
 
+        collect keeps the attention maps; edges=False leaves the edge heads out (sampling does not need them).
         Raises ValueError on a latent the U-Net cannot halve often enough, or a context of another size.
         """
         self._check(x, context)
         if self.config.mean_over == "all_tokens":
             context_mask = None
         context = context.to(x.dtype)
-        cond = Conditioning(self.time_embedding(t), context, context_mask, gate_noise, collect, bias, edit)
+        cond = Conditioning(self.time_embedding(t), context, context_mask, gate_noise, collect, edges, bias, edit)
         blocks: list[BlockOutput] = []
         h = self.conv_in(x)
         skips = [h]

@@ -6,6 +6,11 @@ from torch import Tensor
 from raphael.net.moe import SpaceMoE, TimeMoE
 
 
+def gelu(x: Tensor) -> Tensor:
+    """Hendrycks & Gimpel (arXiv 1606.08415), the tanh form."""
+    return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
 def space_moe(moe: SpaceMoE, h: Tensor, context: Tensor, attention: Tensor, context_mask: Tensor | None) -> Tensor:
     """out = 1/n_y sum_i e_{route(y_i)}( h o M_hat_i ), each term times its gate weight (value 1)."""
     out = []
@@ -18,7 +23,7 @@ def space_moe(moe: SpaceMoE, h: Tensor, context: Tensor, attention: Tensor, cont
             k = int(log_p.argmax())
             m = attention[b, :, i].detach()
             inside = ((m >= moe.mask_threshold * m.max()) & (m > 0)).to(h).unsqueeze(-1)
-            e = torch.nn.functional.gelu((h[b] * inside) @ moe.experts.w1[k].T + moe.experts.b1[k])
+            e = gelu((h[b] * inside) @ moe.experts.w1[k].T + moe.experts.b1[k])
             weight = 1.0
             if moe.gate.gradient == "straight_through":
                 weight = torch.exp(log_p[k] - log_p[k].detach())
@@ -33,6 +38,6 @@ def time_moe(moe: TimeMoE, h: Tensor, time_embedding: Tensor) -> Tensor:
     for b in range(len(h)):
         log_p = torch.log_softmax(moe.gate.net(time_embedding[b]), dim=-1)
         k = int(log_p.argmax())
-        e = torch.nn.functional.gelu(h[b] @ moe.experts.w1[k].T + moe.experts.b1[k])
+        e = gelu(h[b] @ moe.experts.w1[k].T + moe.experts.b1[k])
         out.append(torch.exp(log_p[k] - log_p[k].detach()) * (e @ moe.experts.w2[k].T + moe.experts.b2[k]))
     return torch.stack(out)
