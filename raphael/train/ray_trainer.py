@@ -16,7 +16,8 @@ import os
 import secrets
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from raphael.stage import StageError
 
 OBJECT_STORE_BYTES = 200 << 20  # the loop moves nothing through it; Ray refuses less than 75 MiB
 MAX_RESTARTS = 3  # of the worker group, in one run of the stage
-START_ATTEMPTS = 3
+START_ATTEMPTS = 2
+START_PATIENCE_S = 120.0
 POLL_S = 0.5
 
 
@@ -142,17 +144,19 @@ def start(cluster: Cluster) -> None:
     for attempt in range(START_ATTEMPTS):
         before = set(_children())
         try:
-            ray.init(
-                address="local",
-                num_cpus=cluster.num_workers + 1,  # slots, not cores: one for each worker and one for the controller
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                log_to_driver=False,
-                logging_level="WARNING",
-                _node_ip_address="127.0.0.1",
-            )
+            with _patience():
+                ray.init(
+                    address="local",
+                    num_cpus=cluster.num_workers
+                    + 1,  # slots, not cores: one for each worker and one for the controller
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    log_to_driver=False,
+                    logging_level="WARNING",
+                    _node_ip_address="127.0.0.1",
+                )
             return
-        except Exception as error:  # Ray raises a plain Exception when a busy machine makes it wait over 30 s
+        except Exception as error:  # Ray raises a plain Exception when its node does not come up
             ray.shutdown()
             end_processes([child for child in _children() if child not in before])
             if attempt + 1 == START_ATTEMPTS:
@@ -160,6 +164,37 @@ def start(cluster: Cluster) -> None:
                     f"Ray does not start ({reason(error)}); set train.num_workers to 0 to train in this process"
                 ) from None
             print(f"Ray did not start ({reason(error)}); trying again", flush=True)
+
+
+@contextlib.contextmanager
+def _patience() -> Iterator[None]:
+    """Ray gives its node 30 s to come up, a number that is no setting; a busy machine needs more.
+
+    It polls a function for the node's entry, so that function waits in its place. Where Ray no longer has it, nothing
+    changes.
+    """
+    import ray._private.services as services
+
+    original = getattr(services, "get_node", None)
+    if original is None:
+        yield
+        return
+
+    def patient(*arguments: Any, **keywords: Any) -> Any:
+        deadline_s = time.monotonic() + START_PATIENCE_S
+        while True:
+            try:
+                return original(*arguments, **keywords)
+            except RuntimeError:
+                if time.monotonic() > deadline_s:
+                    raise
+                time.sleep(0.5)
+
+    services.get_node = patient
+    try:
+        yield
+    finally:
+        services.get_node = original
 
 
 def stop() -> None:
