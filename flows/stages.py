@@ -11,6 +11,7 @@ from typing import Any
 from flows import settings
 from flows.pipeline import ancestors, out_of_date, read_pipeline, reproduce
 from raphael.stage import StageError, read_json
+from raphael.strict import ConfigError
 
 FLOW = "raphael"  # all flows share the name: Prefect calls a deployment <flow>/<deployment>
 NETWORK = {"download"}  # the only stage worth a second try by itself: it goes on where it stopped
@@ -23,6 +24,8 @@ def run_stages(stages: list[str], overrides: dict[str, Any] | None = None, root:
     overrides: {"generate.seed": 1}: written into params.yaml first, once it is known that the result loads.
     Returns what became of each stage: "ran", "restored" or "up to date". Raises StageError or ConfigError, one line.
     """
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addFilter(_without_traceback)
     root = (root or Path.cwd()).resolve()
     pipeline = read_pipeline(root)
     settings.apply(root / "params.yaml", overrides or {})
@@ -66,6 +69,13 @@ def _run_stage(name: str, root: str, look: bool) -> str:
     if result != "ran":
         logger.info("%s: %s", name, result)
     return result
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """What a user can cause is one line in Prefect's log, too; programming errors keep their traceback."""
+    if record.exc_info and isinstance(record.exc_info[1], StageError | ConfigError):
+        record.exc_info = None
+    return True
 
 
 class _Lines:
