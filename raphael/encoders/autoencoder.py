@@ -23,7 +23,7 @@ from raphael.stage import read_json, write_json
 
 KL_FILES = "config.json and diffusion_pytorch_model.safetensors"
 DETERMINISTIC_LOG_VARIANCE = -30.0  # diffusers' lower bound: a standard deviation of 3e-7
-INITIAL_LOG_VARIANCE = -6.0
+INITIAL_LOG_VARIANCE = -7.0
 
 
 class Autoencoder(nn.Module):

@@ -17,6 +17,7 @@ CARRIED = 2 * (COLOURS + 1)  # three colours and the constant, each with both si
 CONSTANT = 2.0
 COLOUR_ENERGY = 0.5  # mean square of a colour in [-1,1], roughly
 OTHERS = 0.1  # share of their random weights that other channels keep where the colours leave
+DETAIL_GAIN = 5.0  # of the latent channels beside the colours, so that they too stand out from the posterior's noise
 
 
 @torch.no_grad()
@@ -50,6 +51,7 @@ def start_linear(network: nn.Module) -> None:
             rows = network.config.latent_channels
             conv.weight[:rows] = torch.eye(*conv.weight.shape[:2])[:rows, :, None, None]
             conv.bias[:rows] = 0
+    network.encoder.conv_out.weight[COLOURS : network.config.latent_channels] *= DETAIL_GAIN
 
 
 def _carry(conv: nn.Conv2d, taps: Tensor) -> None:
