@@ -65,7 +65,10 @@ def _train(
     settings = config.autoencoder
     torch.manual_seed(config.seed)
     autoencoder = build_autoencoder(settings)
-    objective = AutoencodingObjective(autoencoder, settings.kl_weight, settings.gradient_weight)
+    autoencoder.to(memory_format=torch.channels_last)
+    objective = AutoencodingObjective(
+        autoencoder, settings.kl_weight, settings.gradient_weight, settings.crop_px
+    )
     with stage.progress(settings.loop.num_images, "images") as bar:
         hooks = Hooks(progress=lambda images: bar.update(images - bar.bar.n))
         data = TrainingData(pictures, rows)

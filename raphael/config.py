@@ -143,7 +143,12 @@ class AutoencoderConfig:
     norm_groups: Count
     kl_weight: Annotated[float, Range(0)]
     gradient_weight: Annotated[float, Range(0)]  # L1 of picture gradients: keeps outlines sharp
+    crop_px: NonNegative  # side of the squares that the training cuts from pictures; 0: whole pictures
     loop: LoopConfig
+
+    def __post_init__(self) -> None:
+        if self.crop_px % 2 ** (len(self.channels) - 1):
+            raise ValueError(f"crop_px: got {self.crop_px}, expected a multiple of {2 ** (len(self.channels) - 1)}")
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from raphael.checkpoint import CheckpointHome
 from raphael.config import LoopConfig
+from raphael.precision import autocast
 from raphael.randomness import SampleRng
 from raphael.stage import StageError
 from raphael.train.batches import Batches
@@ -130,7 +131,6 @@ def train(
         if chief and resumed_at < loop.num_images:
             hooks.say(f"going on from the checkpoint at {resumed_at:,} images")
     replica = _replicate(_Losses(objective), world)
-    autocast = torch.autocast(torch.device(world.device).type, torch.bfloat16, enabled=loop.precision == "bf16")
     watch = _Watch(world, batches, data)
     clock = _Clock(state.images)
 
@@ -175,7 +175,7 @@ def train(
             epochs, indices = batches.own(state.step)
             rng = SampleRng(seed, epochs, indices)
             batch = {name: torch.from_numpy(array).to(world.device) for name, array in data.batch(indices).items()}
-            with autocast:
+            with autocast(loop.precision, world.device):
                 loss, outputs = replica(batch, rng)
             loss.backward()
             norm = clip_gradients(state.parameters.values(), loop.clip_norm)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import socket
 import sys
 import threading
 import time
@@ -28,6 +29,7 @@ OBJECT_STORE_BYTES = 200 << 20  # the loop moves nothing through it; Ray refuses
 MAX_RESTARTS = 3  # of the worker group, in one run of the stage
 START_ATTEMPTS = 2
 START_PATIENCE_S = 120.0
+AGENT_PORTS = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
 POLL_S = 0.5
 
 
@@ -147,8 +149,7 @@ def start(cluster: Cluster) -> None:
             with _patience():
                 ray.init(
                     address="local",
-                    num_cpus=cluster.num_workers
-                    + 1,  # slots, not cores: one for each worker and one for the controller
+                    num_cpus=cluster.num_workers + 1,  # slots, not cores: the workers' and the controller's
                     include_dashboard=False,
                     object_store_memory=OBJECT_STORE_BYTES,
                     log_to_driver=False,
@@ -168,33 +169,50 @@ def start(cluster: Cluster) -> None:
 
 @contextlib.contextmanager
 def _patience() -> Iterator[None]:
-    """Ray gives its node 30 s to come up, a number that is no setting; a busy machine needs more.
+    """Let a busy machine take its time to start Ray's node.
 
-    It polls a function for the node's entry, so that function waits in its place. Where Ray no longer has it, nothing
-    changes.
+    Two limits of Ray are numbers in its code: its node must be up after 30 s, and its agents must have written down the
+    ports that they chose after 15 s, else it aborts. So the question for the node's entry waits longer, and the agents get
+    their ports from us. Where a Ray no longer has these functions, nothing changes.
     """
-    import ray._private.services as services
+    from ray._private import services
+    from ray._private.parameter import RayParams
 
-    original = getattr(services, "get_node", None)
-    if original is None:
+    if not (hasattr(services, "get_node") and hasattr(RayParams, "update_pre_selected_port")):
         yield
         return
+    get_node, select_ports = services.get_node, RayParams.update_pre_selected_port
 
-    def patient(*arguments: Any, **keywords: Any) -> Any:
+    def patient_get_node(*arguments: Any, **keywords: Any) -> Any:
         deadline_s = time.monotonic() + START_PATIENCE_S
         while True:
             try:
-                return original(*arguments, **keywords)
+                return get_node(*arguments, **keywords)
             except RuntimeError:
                 if time.monotonic() > deadline_s:
                     raise
                 time.sleep(0.5)
 
-    services.get_node = patient
+    def select_agent_ports(params: Any) -> Any:
+        for name, port in zip(AGENT_PORTS, free_ports(len(AGENT_PORTS)), strict=True):
+            if not getattr(params, name, None):
+                setattr(params, name, port)
+        return select_ports(params)
+
+    services.get_node, RayParams.update_pre_selected_port = patient_get_node, select_agent_ports
     try:
         yield
     finally:
-        services.get_node = original
+        services.get_node, RayParams.update_pre_selected_port = get_node, select_ports
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of loopback that nobody listens on now. Where somebody is quicker, Ray does not start, and we try again."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
 
 
 def stop() -> None:
