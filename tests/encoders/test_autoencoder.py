@@ -14,7 +14,7 @@ from raphael.stage import file_sha256
 @pytest.fixture(scope="module")
 def settings(project):
     config = load_config(project / "params.yaml").autoencoder
-    return dataclasses.replace(config, channels=(8, 8, 8), norm_groups=4)
+    return dataclasses.replace(config, latent_channels=4, channels=(8, 8, 8), norm_groups=4)
 
 
 @pytest.fixture(scope="module")

@@ -63,7 +63,7 @@ def test_a_perfect_autoencoder_has_no_loss():
 @pytest.fixture(scope="module")
 def settings(project):
     config = load_config(project / "params.yaml").autoencoder
-    return dataclasses.replace(config, channels=(8, 8, 8), norm_groups=4)
+    return dataclasses.replace(config, latent_channels=4, channels=(8, 8, 8), norm_groups=4)
 
 
 def test_the_loss_is_the_weighted_sum_of_its_parts_and_a_mean_over_the_batch(settings):
@@ -76,6 +76,31 @@ def test_the_loss_is_the_weighted_sum_of_its_parts_and_a_mean_over_the_batch(set
     for part in (slice(0, 2), slice(2, 4)):
         halves.append(objective({"image": batch()["image"][part]}, SampleRng(0, 0, np.arange(4)[part]))["loss"])
     torch.testing.assert_close(torch.stack(halves).mean(), values["loss"])  # noise belongs to the sample
+
+
+class Seen(Perfect):
+    """Perfect, and keeps what it was shown."""
+
+    def encode_moments(self, images):
+        super().encode_moments(images)
+        return torch.zeros(len(images), 8, images.shape[2] // 4, images.shape[3] // 4)
+
+
+def test_crops_are_parts_of_their_pictures_and_belong_to_the_sample():
+    whole = to_network_range(batch()["image"])
+
+    def crops(part):
+        seen = Seen()
+        objective = AutoencodingObjective(seen, 0.0, 0.0, crop_px=8)
+        objective({"image": batch()["image"][part]}, SampleRng(0, 3, np.arange(4)[part]))
+        return seen.images
+
+    found = crops(slice(0, 4))
+    assert found.shape == (4, 3, 8, 8)
+    for picture, crop in zip(whole, found, strict=True):
+        places = picture.unfold(1, 8, 1).unfold(2, 8, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
+        assert (places == crop).flatten(1).all(dim=1).sum() == 1
+    torch.testing.assert_close(crops(slice(2, 4)), found[2:])
 
 
 def test_a_few_steps_lower_the_loss_also_in_bfloat16(settings):

@@ -86,7 +86,7 @@ SMALL_LOOP = {
 }  # fmt: skip
 SMALL = {
     "picture": {"height_px": 16, "width_px": 24},
-    "autoencoder": {"channels": [8, 8, 8], "norm_groups": 4, "loop": SMALL_LOOP},
+    "autoencoder": {"latent_channels": 4, "channels": [8, 8, 8], "norm_groups": 4, "loop": SMALL_LOOP},
     "clip": {
         "text_width": 32, "text_heads": 2, "text_layers": 1, "image_width": 32, "image_layers": 1, "embed_dim": 16,
         "image_size_px": 16, "loop": SMALL_LOOP,
