@@ -29,7 +29,7 @@ class ScenesConfig:
     num_heldout_prompts: Count  # of each suite: single, relation, count, text
     min_side_px: Annotated[int, Range(48, 512)]
     max_side_px: Annotated[int, Range(48, 512)]
-    bad_share: Annotated[float, Range(0, 0.9)]  # rows with something wrong: dead link, bad body, low score, duplicate ...
+    bad_share: Annotated[float, Range(0, 0.9)]  # rows with something wrong: dead link, bad body, low score ...
     heldout_share: Annotated[float, Range(0.1, 0.5)]  # of (shape, colour, background) combinations, never in training
 
     def __post_init__(self) -> None:
@@ -203,13 +203,14 @@ class UNetConfig:
             raise ValueError("channels: got an empty list, expected one width per level")
         for level in self.attention_levels:
             if not 0 <= level < len(self.channels):
-                raise ValueError(f"attention_levels: got {level}, expected 0 to {len(self.channels) - 1}, one of the levels")
+                raise ValueError(f"attention_levels: got {level}, expected 0 to {len(self.channels) - 1}, a level")
         for width in self.channels:
             if width % self.norm_groups:
                 raise ValueError(f"channels: got {width}, expected a multiple of norm_groups {self.norm_groups}")
         for level in {*self.attention_levels, len(self.channels) - 1}:  # the middle has a transformer block too
             if self.channels[level] % self.head_dim:
-                raise ValueError(f"channels: got {self.channels[level]}, expected a multiple of head_dim {self.head_dim}")
+                got = self.channels[level]
+                raise ValueError(f"channels: got {got}, expected a multiple of head_dim {self.head_dim}")
 
 
 @dataclass(frozen=True)
@@ -264,7 +265,7 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    fid_inception_weights: str  # path of torch-fidelity's Inception weights; "": the Frechet distance uses our CLIP, and says so
+    fid_inception_weights: str  # path of torch-fidelity's weights; "": our CLIP's features, and another name
     scoring_clip: str  # like clip.pretrained; "": the conditioning CLIP, and the metric is called clip_score_self
     max_reference_images: Count
 
@@ -300,7 +301,7 @@ class Config:
         factor = 2 ** (len(self.autoencoder.channels) - 1)
         for side in (self.picture.height_px, self.picture.width_px):
             if side % factor:
-                raise ValueError(f"picture: got a side of {side} px, expected a multiple of {factor} (autoencoder.channels)")
+                raise ValueError(f"picture: got a side of {side} px, expected a multiple of {factor}, the autoencoder's")
 
 
 def load_config(path: str | Path = "params.yaml") -> Config:

@@ -3,7 +3,7 @@
 A stage is `python -m <module>`: it reads params.yaml and its inputs, writes its outputs whole or not at all, writes
 `reports/<stage>.json` whose counts add up, and exits non-zero with one clear line. Unfinished work lives in
 `work/<stage>/<hash of its input>/`, outside the outputs (DVC deletes those before a stage runs), so that a killed stage
-goes on where it stopped. Times and rates go to `work/timings/`, which nobody tracks: the reports of two equal runs are equal.
+goes on where it stopped. Times and rates go to `work/timings/`, which nobody tracks: equal runs give equal reports.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ class Progress:
 def main(name: str, run: Callable[[Config, Stage], None], description: str, argv: list[str] | None = None) -> int:
     """The command line of a stage: `--params FILE`; the file's folder is the workspace. Returns the exit status."""
     parser = argparse.ArgumentParser(prog=name, description=description)
-    parser.add_argument("--params", default="params.yaml", help="settings; its folder is the workspace (default: %(default)s)")
+    about = "settings; its folder is the workspace (default: %(default)s)"
+    parser.add_argument("--params", default="params.yaml", help=about)
     arguments = parser.parse_args(argv)
     with one_clear_line(name) as outcome:
         config = load_config(arguments.params)
@@ -135,7 +136,7 @@ class _Outcome:
 def one_clear_line(name: str) -> Iterator[_Outcome]:
     """Turn what a user can cause (settings, files, full disk, Ctrl-C) into one line on standard error and a status.
 
-    SIGTERM becomes SystemExit, so that `finally` blocks run and children are ended. Programming errors keep their traceback.
+    SIGTERM becomes SystemExit, so that `finally` blocks run and children end. Programming errors keep their traceback.
     """
     outcome = _Outcome()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -182,6 +183,7 @@ def _fingerprint(item: Any) -> str:
     if not isinstance(item, Path):
         return json.dumps(item, sort_keys=True, default=str)
     if item.is_dir():
-        return "\n".join(f"{path.relative_to(item)} {_fingerprint(path)}" for path in sorted(item.rglob("*")) if path.is_file())
+        files = sorted(path for path in item.rglob("*") if path.is_file())
+        return "\n".join(f"{path.relative_to(item)} {_fingerprint(path)}" for path in files)
     stat = item.stat()
     return file_sha256(item) if stat.st_size <= HASHED_WHOLE_BYTES else f"{stat.st_size} {stat.st_mtime_ns}"

@@ -99,7 +99,8 @@ def describe(hint: Any) -> str:
         return f"a list of {describe(typing.get_args(base)[0])}"
     if origin is dict:
         return "a mapping"
-    name = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}.get(base, "a mapping of settings")
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+    name = names.get(base, "a mapping of settings")
     return f"{name} {bounds}" if bounds else name
 
 

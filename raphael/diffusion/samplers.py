@@ -1,7 +1,7 @@
 """Samplers: functions over a Denoiser. x = x_0 + sigma eps throughout; sigmas (steps + 1,) fall to 0.
 
-noise(i) gives the standard normal of step i, shaped as x: the caller draws it per image, so that an image does not depend
-on its neighbours in the batch.
+noise(i) gives the standard normal of step i, shaped as x: the caller draws it per image, so that an image does not
+depend on its neighbours in the batch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The noise schedule: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, t = 0 .. T-1.
 
 (RAPHAEL's printed forward equation swaps the two roots; its reverse step uses this convention. See docs/paper.md.)
-The samplers work in the variance-exploding coordinates x_0 + sigma eps, sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t).
+The samplers work in variance-exploding coordinates x_0 + sigma eps, sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Schedule:
         return signal * noise - spread * x0
 
     def timestep(self, sigma: Tensor) -> Tensor:
-        """The (fractional) timestep of a noise level: sigma (B,) -> t (B,), linear in log sigma, clamped to the ends."""
+        """The (fractional) timestep of a noise level: sigma (B,) -> t (B,), linear in log sigma, clamped."""
         log_sigmas = self.sigma.log().to(sigma.device)
         log_sigma = sigma.double().log().clamp(log_sigmas[0], log_sigmas[-1])
         high = torch.searchsorted(log_sigmas, log_sigma).clamp(1, self.num_steps - 1)

@@ -1,4 +1,4 @@
-"""The head of edge-supervised learning (RAPHAEL, section 3.2): P_theta(M), convolutions from an attention map to edges."""
+"""Edge-supervised learning (RAPHAEL, section 3.2): P_theta(M), convolutions from an attention map to edges."""
 
 from __future__ import annotations
 

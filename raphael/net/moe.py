@@ -1,7 +1,7 @@
 """RAPHAEL's two mixtures of experts (arXiv 2305.18295, section 3.1) and the gate that both share.
 
-    Space-MoE   out = 1/n_y * sum_i e_{route(y_i)}( h o M_hat_i )         every text token i picks an expert for its region
-    Time-MoE    out = te_{t_router(t)}( h )                               every timestep picks an expert for the whole map
+    Space-MoE   out = 1/n_y * sum_i e_{route(y_i)}( h o M_hat_i )      every text token i picks an expert for its region
+    Time-MoE    out = te_{t_router(t)}( h )                            every timestep picks an expert for the whole map
 
 Letters of the shape suffixes: B samples, P pixels of the map, N text tokens, K experts, D width of the map,
 F hidden width of an expert, C width of what a gate reads.
@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 
 def gelu(x: Tensor) -> Tensor:
     """GELU, by its tanh form: within 5e-4 of x Phi(x), and three times as fast on a CPU."""
@@ -146,7 +147,7 @@ class SpaceMoE(nn.Module):
         out(p) = 1/n sum_k [ c_k(p) e_k(h_p) + (n_k - c_k(p)) e_k(0) ]
 
     which costs K evaluations a pixel instead of n. Counts become sums of the gate's weights (value 1), which carry its
-    gradient; masks are binary and carry none. The identity needs pointwise experts: no convolution, no GroupNorm inside.
+    gradient; masks are binary and carry none. The identity needs pointwise experts: no convolution, no GroupNorm.
     """
 
     def __init__(
@@ -201,7 +202,8 @@ class SpaceMoE(nn.Module):
         if tuple(attention.shape) != want:
             raise ValueError(f"attention: got shape {tuple(attention.shape)}, expected (B, P, N) = {want}")
         if context_mask is not None and tuple(context_mask.shape) != tuple(context.shape[:2]):
-            raise ValueError(f"context_mask: got shape {tuple(context_mask.shape)}, expected {tuple(context.shape[:2])}")
+            want = tuple(context.shape[:2])
+            raise ValueError(f"context_mask: got shape {tuple(context_mask.shape)}, expected (B, N) = {want}")
 
 
 def region_mask(attention: Tensor, threshold: float) -> Tensor:
@@ -242,4 +244,5 @@ class TimeMoE(nn.Module):
         # an expert nobody chose sees an empty batch: its gradient is zero and present, so DDP never waits for it
         groups = [self.experts.expert(k, part) for k, part in enumerate(h[order_B].split(counts))]
         out = torch.cat(groups)[order_B.argsort()]
-        return out * weight_B.view(-1, 1, 1).to(out), Routing(expert_B, probability_BK, torch.ones_like(expert_B, dtype=torch.bool))
+        everyone_B = torch.ones_like(expert_B, dtype=torch.bool)
+        return out * weight_B.view(-1, 1, 1).to(out), Routing(expert_B, probability_BK, everyone_B)

@@ -16,7 +16,7 @@ from raphael.net.moe import Routing, SpaceMoE, TimeMoE
 
 @dataclass
 class GateNoise:
-    """Standard normal noise of all gates, drawn by the caller so that it is a function of the sample, not of the rank."""
+    """Standard normal noise of all gates, drawn by the caller: a function of the sample, not of the rank."""
 
     space: Tensor  # (B, blocks, N, K_space)
     time: Tensor  # (B, blocks, K_time)
@@ -109,7 +109,7 @@ class RaphaelBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """conv in; per level res-blocks (+ transformer blocks) and a downsample; middle; the mirror with skips; conv out."""
+    """conv in; per level res-blocks (+ transformer blocks) and a downsample; middle; the mirror with skips; out."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()

@@ -1,4 +1,4 @@
-"""RAPHAEL's training objective, L = L_denoise + L_edge (+ balance) (arXiv 2305.18295, section 3.2), behind the Objective seam."""
+"""RAPHAEL's training objective, L = L_denoise + L_edge (+ balance): arXiv 2305.18295, section 3.2."""
 
 from __future__ import annotations
 

@@ -40,7 +40,8 @@ def test_velocity_and_noised_data_give_back_the_data():
     x0, noise = torch.randn(3, 2, 4, 4, dtype=torch.float64), torch.randn(3, 2, 4, 4, dtype=torch.float64)
     t = torch.tensor([5, 500, 995])
     alpha_bar = schedule.alpha_bar[t].view(-1, 1, 1, 1)
-    back = alpha_bar.sqrt() * schedule.add_noise(x0, noise, t) - (1 - alpha_bar).sqrt() * schedule.velocity(x0, noise, t)
+    x_t, v = schedule.add_noise(x0, noise, t), schedule.velocity(x0, noise, t)
+    back = alpha_bar.sqrt() * x_t - (1 - alpha_bar).sqrt() * v
     torch.testing.assert_close(back, x0)
 
 

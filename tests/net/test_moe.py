@@ -141,7 +141,8 @@ def test_the_balance_loss_is_one_when_balanced_and_k_when_everything_goes_one_wa
     torch.testing.assert_close(even.balance_loss(), torch.ones(1))
     one = torch.zeros(1, 6, 3)
     one[..., 0] = 1
-    torch.testing.assert_close(Routing(torch.zeros(1, 6, dtype=torch.long), one, chosen).balance_loss(), torch.tensor([3.0]))
+    skewed = Routing(torch.zeros(1, 6, dtype=torch.long), one, chosen)
+    torch.testing.assert_close(skewed.balance_loss(), torch.tensor([3.0]))
 
 
 def test_shapes_that_do_not_fit_are_refused_with_what_was_expected():
