@@ -301,7 +301,7 @@ class Config:
         factor = 2 ** (len(self.autoencoder.channels) - 1)
         for side in (self.picture.height_px, self.picture.width_px):
             if side % factor:
-                raise ValueError(f"picture: got a side of {side} px, expected a multiple of {factor}, the autoencoder's")
+                raise ValueError(f"picture: got a side of {side} px, expected a multiple of {factor} (autoencoder)")
 
 
 def load_config(path: str | Path = "params.yaml") -> Config:

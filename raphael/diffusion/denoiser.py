@@ -38,7 +38,7 @@ class Denoiser(Protocol):
 class NetworkDenoiser:
     """An eps- or v-predicting network as a Denoiser.
 
-    The network sees x_vp = x / sqrt(1 + sigma^2);  x_0 = x - sigma eps,  or  x_0 = (x_vp - sigma v) / sqrt(1 + sigma^2).
+    The network sees x_vp = x / sqrt(1 + sigma^2); x_0 = x - sigma eps, or x_0 = (x_vp - sigma v) / sqrt(1 + sigma^2).
     `collect` is called with every UNetOutput (attention maps, routes) when given.
     """
 

@@ -1,0 +1,102 @@
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+import yaml
+
+from raphael.config import PRESETS, Config, load_config, load_preset
+from raphael.strict import ConfigError, Range, load, to_dict
+
+PARAMS = Path(__file__).parents[1] / "params.yaml"
+
+
+@dataclass(frozen=True)
+class Inner:
+    share: Annotated[float, Range(0, 1)]
+    name: Literal["a", "b"]
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Inner
+    sizes: tuple[int, ...]
+    limit: int | None
+    on: bool = False
+
+
+GOOD = {"inner": {"share": 0.5, "name": "a"}, "sizes": [1, 2], "limit": None}
+
+
+def test_what_is_loaded_can_be_written_and_loaded_again():
+    outer = load(Outer, GOOD, "f.yaml")
+    assert outer == Outer(Inner(0.5, "a"), (1, 2), None, False)
+    assert load(Outer, to_dict(outer), "f.yaml") == outer
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"innr": 1}, "f.yaml: unknown key innr; did you mean inner? (accepted: inner, sizes, limit, on)"),
+        ({"inner": {"share": 0.5}}, "f.yaml: missing key inner.name (one of a, b)"),
+        ({"inner": {"share": 1.5, "name": "a"}}, "f.yaml: inner.share: got 1.5, expected a number from 0 to 1"),
+        ({"inner": {"share": float("nan"), "name": "a"}}, "f.yaml: inner.share: got nan, expected a number from 0 to 1"),  # noqa: E501
+        ({"inner": {"share": "x", "name": "a"}}, "f.yaml: inner.share: got 'x', expected a number from 0 to 1"),
+        ({"inner": {"share": 0, "name": "c"}}, "f.yaml: inner.name: got 'c', expected one of a, b"),
+        ({"inner": 3}, "f.yaml: inner: got 3, expected a mapping of settings"),
+        ({"sizes": [1, 2.5]}, "f.yaml: sizes[1]: got 2.5, expected an integer"),
+        ({"sizes": 1}, "f.yaml: sizes: got 1, expected a list of an integer"),
+        ({"limit": True}, "f.yaml: limit: got True, expected an integer"),
+        ({"on": 1}, "f.yaml: on: got 1, expected true or false"),
+    ],
+)
+def test_a_wrong_key_names_itself_its_file_and_what_is_accepted(change, message):
+    with pytest.raises(ConfigError) as error:
+        load(Outer, {**GOOD, **change}, "f.yaml")
+    assert str(error.value) == message
+
+
+def test_yaml_numbers_without_a_dot_before_the_exponent_are_numbers():
+    assert load(Inner, yaml.safe_load("{share: 1e-4, name: a}"), "f").share == 1e-4
+
+
+def test_the_projects_settings_load_and_survive_the_way_to_plain_values():
+    config = load_config(PARAMS)
+    plain = to_dict(config)
+    del plain["file"]
+    assert replace(load(Config, plain, str(PARAMS)), file=str(PARAMS)) == config
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in PRESETS.glob("*.yaml")))
+def test_every_preset_loads(name):
+    assert load_preset(name).diffusion.num_steps == 1000
+
+
+def test_an_unknown_preset_lists_the_known_ones():
+    with pytest.raises(ConfigError, match="got 'huge', expected one of raphael-3b, sd, tiny, tiny-debug"):
+        load_preset("huge")
+
+
+def test_settings_that_contradict_each_other_are_refused(tmp_path):
+    data = yaml.safe_load(PARAMS.read_text())
+    data["picture"]["height_px"] = 66
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(data))
+    with pytest.raises(ConfigError, match="got a side of 66 px, expected a multiple of 4"):
+        load_config(tmp_path / "params.yaml")
+
+
+def test_a_level_that_does_not_exist_is_refused(tmp_path):
+    data = yaml.safe_load((PRESETS / "tiny.yaml").read_text())
+    data["unet"]["attention_levels"] = [7]
+    path = tmp_path / "odd.yaml"
+    path.write_text(yaml.safe_dump(data))
+    with pytest.raises(ConfigError, match="attention_levels: got 7, expected 0 to 2"):
+        load_preset(str(path))
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1"])
+def test_a_broken_file_is_one_line(tmp_path, text):
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_config(tmp_path / "params.yaml")
+    assert "\n" not in str(error.value) and "params.yaml" in str(error.value)
