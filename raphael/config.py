@@ -259,6 +259,7 @@ class GenerateConfig:
     sampler: Literal["ddpm", "ddim", "dpmpp_2m"]
     steps: Count
     guidance_scale: Annotated[float, Range(0)]
+    precision: Literal["auto", "fp32", "bf16"]
     batch_size: Count
     images_per_prompt: Count
 

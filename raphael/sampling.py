@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raphael.config import GenerateConfig
 from raphael.diffusion.denoiser import NetworkDenoiser, TextCondition
 from raphael.diffusion.guidance import ClassifierFreeGuidance
 from raphael.diffusion.samplers import sample
 from raphael.diffusion.schedule import Schedule
+from raphael.precision import autocast
 from raphael.randomness import SampleRng
 
 PictureSeed = tuple[int, int]  # (seed, index): all that the noise of a picture depends on
@@ -48,6 +50,11 @@ class Sampling:
     sampler: str = "dpmpp_2m"
     steps: int = 15
     guidance_scale: float = 4.0
+    precision: str = "fp32"  # of the network's products: fp32, bf16, or auto (raphael/precision.py)
+
+
+def sampling_of(config: GenerateConfig) -> Sampling:
+    return Sampling(config.sampler, config.steps, config.guidance_scale, config.precision)
 
 
 def draw_images(
@@ -86,7 +93,7 @@ def draw_latents(
     device = next(parts.unet.parameters()).device
     noise = PictureNoise(seeds, parts.latent_shape, device)
     sigmas = parts.schedule.sampling_sigmas(settings.steps)
-    with evaluating(parts.unet):
+    with evaluating(parts.unet), autocast(settings.precision, device):
         return sample(settings.sampler, denoiser, noise.start(), sigmas, encode_texts(parts, prompts), noise)
 
 

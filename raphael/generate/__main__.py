@@ -65,9 +65,9 @@ def draw_block(pipeline: RaphaelPipeline, block: list[dict[str, Any]], config: C
     """Draw one block and write its pictures, each whole or not at all."""
     from PIL import Image
 
-    from raphael.sampling import Sampling, draw_images
+    from raphael.sampling import draw_images, sampling_of
 
-    settings = Sampling(config.generate.sampler, config.generate.steps, config.generate.guidance_scale)
+    settings = sampling_of(config.generate)
     seeds = [(config.generate.seed, job["index"]) for job in block]
     pictures = draw_images(pipeline.parts(), [job["prompt"] for job in block], seeds, settings, batch_size=len(block))
     for job, picture in zip(block, pictures, strict=True):

@@ -198,11 +198,11 @@ def sample_prompts(config: Config, prompts_file: Path) -> list[str]:
 
 def draw_grid(job: Job, objective: DenoisingObjective) -> Any:
     """A PIL grid of the fixed prompts, each picture from its own fixed seed, with the weights the objective has now."""
-    from raphael.sampling import Sampling, draw_images, image_grid
+    from raphael.sampling import draw_images, image_grid, sampling_of
 
     config = job.config
     prompts = sample_prompts(config, job.folders.prompts)
-    settings = Sampling(config.generate.sampler, config.generate.steps, config.generate.guidance_scale)
+    settings = sampling_of(config.generate)
     seeds = [(config.seed, index) for index in range(len(prompts))]
     images = draw_images(drawing_parts(job, objective), prompts, seeds, settings)
     return image_grid(list(images), columns=4, captions=prompts)
