@@ -172,8 +172,8 @@ def _patience() -> Iterator[None]:
     """Let a busy machine take its time to start Ray's node.
 
     Two limits of Ray are numbers in its code: its node must be up after 30 s, and its agents must have written down
-    ports that they chose after 15 s, else it aborts. So the question for the node's entry waits longer, and the agents get
-    their ports from us. Where a Ray no longer has these functions, nothing changes.
+    the ports that they chose after 15 s, else it aborts. So the question for the node's entry waits longer, and the
+    agents get their ports from us. Where a Ray no longer has these functions, nothing changes.
     """
     from ray._private import services
     from ray._private.parameter import RayParams
