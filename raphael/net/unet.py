@@ -44,7 +44,8 @@ class UNetOutput:
 class Conditioning:
     """What every block reads."""
 
-    time: Tensor  # (B, time_dim)
+    time: Tensor  # (B, time_dim), what the time gates read: the timestep alone
+    embedding: Tensor  # (B, time_dim), what the res-blocks read: the timestep, with pooled_text also the caption
     context: Tensor  # (B, N, context_dim)
     context_mask: Tensor | None  # (B, N) bool; None: all tokens count
     gate_noise: GateNoise | None = None
@@ -117,6 +118,8 @@ class UNet(nn.Module):
         self.num_blocks = 0
         channels, time_dim = config.channels, 4 * config.channels[0]
         self.time_embedding = TimeEmbedding(channels[0], time_dim)
+        if config.pooled_text:
+            self.text_embedding = nn.Linear(config.context_dim, time_dim)
         self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
 
         self.down, skips, width = nn.ModuleList(), [channels[0]], channels[0]
@@ -162,24 +165,26 @@ class UNet(nn.Module):
     ) -> UNetOutput:
         """Predict eps or v. With mean_over="all_tokens" the mask is ignored: padding is attended to and counted.
 
-        collect keeps the attention maps; edges=False leaves the edge heads out (sampling does not need them).
+        collect keeps the attention maps; edges=False leaves out the edge heads (sampling does not need them).
         Raises ValueError on a latent the U-Net cannot halve often enough, or a context of another size.
         """
         self._check(x, context)
         if self.config.mean_over == "all_tokens":
             context_mask = None
         context = context.to(x.dtype)
-        cond = Conditioning(self.time_embedding(t), context, context_mask, gate_noise, collect, edges, bias, edit)
+        time = self.time_embedding(t)
+        embedding = time + self._pooled(context, context_mask) if self.config.pooled_text else time
+        cond = Conditioning(time, embedding, context, context_mask, gate_noise, collect, edges, bias, edit)
         blocks: list[BlockOutput] = []
         h = self.conv_in(x)
         skips = [h]
         for module in self.down:
             h = self._run_unit(module, h, cond, blocks)
             skips.append(h)
-        h = self.middle_in(h, cond.time)
+        h = self.middle_in(h, cond.embedding)
         h, block = self.middle(h, cond)
         blocks.append(block)
-        h = self.middle_out(h, cond.time)
+        h = self.middle_out(h, cond.embedding)
         for module in self.up:
             if not isinstance(module, Upsample):
                 h = torch.cat([h, skips.pop()], dim=1)
@@ -242,11 +247,17 @@ class UNet(nn.Module):
     def _run_unit(module: nn.Module, h: Tensor, cond: Conditioning, blocks: list[BlockOutput]) -> Tensor:
         if not isinstance(module, nn.ModuleList):
             return module(h)
-        h = module[0](h, cond.time)
+        h = module[0](h, cond.embedding)
         for block in module[1:]:
             h, output = block(h, cond)
             blocks.append(output)
         return h
+
+    def _pooled(self, context: Tensor, context_mask: Tensor | None) -> Tensor:
+        if context_mask is None:
+            return self.text_embedding(context.mean(1))
+        weight = context_mask.to(context) / context_mask.sum(1, keepdim=True).clamp(min=1)
+        return self.text_embedding(torch.einsum("bn,bnc->bc", weight, context))
 
     def _check(self, x: Tensor, context: Tensor) -> None:
         factor = 2 ** (len(self.config.channels) - 1)

@@ -28,6 +28,7 @@ from raphael.stage import StageError
 OBJECT_STORE_BYTES = 200 << 20  # the loop moves nothing through it; Ray refuses less than 75 MiB
 MAX_RESTARTS = 3  # of the worker group, in one run of the stage
 START_ATTEMPTS = 2
+MARK = "RAPHAEL_RAY_RUN"  # in the environment of every process of one Ray
 START_PATIENCE_S = 120.0
 AGENT_PORTS = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
 POLL_S = 0.5
@@ -54,8 +55,8 @@ def fit(work: Callable[[Any, Any], Any], job: Any, cluster: Cluster, watch: Call
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    start(cluster)
     try:
+        start(cluster)
         trainer = TorchTrainer(
             _in_worker,
             train_loop_config={
@@ -128,6 +129,7 @@ def prepare_environment() -> None:
     }
     if os.environ.get("RAY_ADDRESS"):
         del defaults["GLOO_SOCKET_IFNAME"], defaults["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"]
+    os.environ[MARK] = secrets.token_hex(16)
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     if not os.environ.get("RAY_ADDRESS") and os.environ.get("RAY_AUTH_MODE", "token") == "token":
@@ -144,7 +146,6 @@ def start(cluster: Cluster) -> None:
         ray.init(log_to_driver=False, logging_level="WARNING")
         return
     for attempt in range(START_ATTEMPTS):
-        before = set(_children())
         try:
             with _patience():
                 ray.init(
@@ -159,7 +160,7 @@ def start(cluster: Cluster) -> None:
             return
         except Exception as error:  # Ray raises a plain Exception when its node does not come up
             ray.shutdown()
-            end_processes([child for child in _children() if child not in before])
+            end_processes(_marked())
             if attempt + 1 == START_ATTEMPTS:
                 raise StageError(
                     f"Ray does not start ({reason(error)}); set train.num_workers to 0 to train in this process"
@@ -219,9 +220,9 @@ def stop() -> None:
     """Shut Ray down and see to it that nothing of it is left."""
     import ray
 
-    children = _children()
     ray.shutdown()
-    end_processes([child for child in children if "ray" in " ".join(_command(child))])
+    end_processes(_marked())
+    os.environ.pop(MARK, None)
 
 
 def end_processes(processes: list[Any], grace_s: float = 5.0) -> None:
@@ -235,18 +236,16 @@ def end_processes(processes: list[Any], grace_s: float = 5.0) -> None:
         _, processes = psutil.wait_procs(processes, timeout=grace_s)
 
 
-def _children() -> list[Any]:
+def _marked() -> list[Any]:
+    """Processes that were started below this one since `prepare_environment`, also those whose parent has died since."""
     import psutil
 
-    return psutil.Process().children(recursive=True)
-
-
-def _command(process: Any) -> list[str]:
-    import psutil
-
-    with contextlib.suppress(psutil.Error):
-        return process.cmdline()
-    return []
+    mark, found = os.environ.get(MARK), []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # another person's, or just gone
+            if mark and process.pid != os.getpid() and process.environ().get(MARK) == mark:
+                found.append(process)
+    return found
 
 
 def threads_per_worker(cluster: Cluster) -> int:
