@@ -4,7 +4,7 @@ Ray starts the workers, forms the process group and restarts the group when one 
 Our own checkpoints are the truth: a restarted group goes on from the newest one, and nothing is reported to Ray but
 the end.
 
-Safety: Ray's own ports can run any code. They ask for a token that is fresh at every start, and are bound to loopback
+Safety: Ray's own ports can run any code. They ask for a token that is fresh in every process, and are bound to loopback
 as far as Ray can be told to (tests/train/test_ray_trainer.py lists the listeners and the exceptions). With RAY_ADDRESS
 set, an existing cluster is used and its own rules hold.
 """
@@ -12,6 +12,7 @@ set, an existing cluster is used and its own rules hold.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import socket
@@ -134,8 +135,14 @@ def prepare_environment() -> None:
         os.environ.setdefault(name, value)
     if not os.environ.get("RAY_ADDRESS") and os.environ.get("RAY_AUTH_MODE", "token") == "token":
         os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        os.environ["RAY_AUTH_TOKEN"] = token()
         os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
+
+
+@functools.cache
+def token() -> str:
+    """This process' own token: Ray reads it once and holds on to it, so a second fit here must use the same."""
+    return secrets.token_hex(32)
 
 
 def start(cluster: Cluster) -> None:
@@ -237,7 +244,7 @@ def end_processes(processes: list[Any], grace_s: float = 5.0) -> None:
 
 
 def _marked() -> list[Any]:
-    """Processes that were started below this one since `prepare_environment`, also those whose parent has died since."""
+    """Processes started below this one since `prepare_environment`, also those whose parent has died since."""
     import psutil
 
     mark, found = os.environ.get(MARK), []
