@@ -8,6 +8,7 @@ their order of summation by the batch size (measured: 2e-5 of latents of order 1
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -146,29 +147,33 @@ class evaluating:  # noqa: N801  reads as a verb: `with evaluating(unet):`
         self.module.train(self.was_training)
 
 
+GRID_WIDTH_PX = 160  # of a captioned tile: small pictures are enlarged to it, so that a caption has room
+CAPTION_PX, CAPTION_LINES, LINE_CHARS = 13, 3, 27
+
+
 def image_grid(images: Sequence[Any], columns: int, captions: Sequence[str] = (), margin_px: int = 4) -> Any:
     """Lay pictures (uint8 (H, W, 3) arrays or PIL images of one size) out as a grid -> PIL.Image, RGB, white ground.
 
-    captions: a line below each picture, shortened to its width.
+    captions: up to three lines below each picture; pictures are then enlarged by a whole factor to about 160 px.
     """
     from PIL import Image, ImageDraw, ImageFont
 
     pictures = [image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)) for image in images]
     if not pictures:
         raise ValueError("got no pictures for a grid, expected at least one")
-    width, height = pictures[0].size
-    line_px = 14 if captions else 0
+    scale = max(1, round(GRID_WIDTH_PX / pictures[0].width)) if captions else 1
+    width, height = (scale * side for side in pictures[0].size)
+    text_px = CAPTION_LINES * CAPTION_PX + margin_px if captions else 0
     columns = min(columns, len(pictures))
     rows = math.ceil(len(pictures) / columns)
-    cell_w, cell_h = width + margin_px, height + line_px + margin_px
+    cell_w, cell_h = width + margin_px, height + text_px + margin_px
     grid = Image.new("RGB", (columns * cell_w + margin_px, rows * cell_h + margin_px), "white")
-    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(size=10)
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(size=11)
     for i, picture in enumerate(pictures):
         x, y = margin_px + (i % columns) * cell_w, margin_px + (i // columns) * cell_h
-        grid.paste(picture, (x, y))
+        grid.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y))
         if i < len(captions):
-            text = captions[i]
-            while text and draw.textlength(text, font=font) > width:
-                text = text[:-2].rstrip() + "…" if text.endswith("…") else text[:-1].rstrip() + "…"
-            draw.text((x, y + height), text, fill="black", font=font)
+            lines = textwrap.wrap(captions[i], LINE_CHARS, max_lines=CAPTION_LINES, placeholder=" …")
+            for line, text in enumerate(lines):
+                draw.text((x, y + height + line * CAPTION_PX), text, fill="black", font=font)
     return grid

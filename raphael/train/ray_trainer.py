@@ -56,6 +56,9 @@ def fit(work: Callable[[Any, Any], Any], job: Any, cluster: Cluster, watch: Call
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    given_up = cluster.storage / "given_up.txt"
+    cluster.storage.mkdir(parents=True, exist_ok=True)
+    given_up.unlink(missing_ok=True)
     try:
         start(cluster)
         trainer = TorchTrainer(
@@ -65,6 +68,7 @@ def fit(work: Callable[[Any, Any], Any], job: Any, cluster: Cluster, watch: Call
                 "job": job,
                 "threads": threads_per_worker(cluster),
                 "use_gpu": cluster.use_gpu,
+                "failure": given_up,
             },
             torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
             scaling_config=ScalingConfig(num_workers=cluster.num_workers, use_gpu=cluster.use_gpu),
@@ -75,12 +79,12 @@ def fit(work: Callable[[Any, Any], Any], job: Any, cluster: Cluster, watch: Call
                 logging_config=LoggingConfig(log_level="WARNING"),
             ),
         )
-        _wait(trainer, watch)
+        _wait(trainer, watch, given_up)
     finally:
         stop()
 
 
-def _wait(trainer: Any, watch: Callable[[], None]) -> None:
+def _wait(trainer: Any, watch: Callable[[], None], given_up: Path) -> None:
     """fit() in a thread of its own: in the main thread it would take over Ctrl-C and leave with status 0."""
     failure: list[BaseException] = []
 
@@ -95,6 +99,10 @@ def _wait(trainer: Any, watch: Callable[[], None]) -> None:
     while thread.is_alive():
         thread.join(POLL_S)
         watch()
+        if given_up.exists():
+            raise StageError(given_up.read_text(encoding="utf-8"))
+    if given_up.exists():
+        raise StageError(given_up.read_text(encoding="utf-8"))
     if failure:
         raise StageError(reason(failure[0])) from (failure[0] if os.environ.get("RAPHAEL_TRACEBACK") else None)
 
@@ -107,7 +115,13 @@ def _in_worker(settings: dict[str, Any]) -> None:
 
     torch.set_num_threads(settings["threads"])  # Ray gives each worker one
     device = str(ray.train.torch.get_device()) if settings["use_gpu"] else "cpu"
-    settings["work"](settings["job"], World.current(device))
+    try:
+        settings["work"](settings["job"], World.current(device))
+    except StageError as error:  # would fail again at every restart: the driver ends it all when it sees this file
+        temporary = settings["failure"].with_suffix(f".{os.getpid()}")
+        temporary.write_text(str(error), encoding="utf-8")
+        os.replace(temporary, settings["failure"])
+        raise
 
 
 def prepare_environment() -> None:
