@@ -48,10 +48,9 @@ class NetworkDenoiser:
     def __call__(self, x: Tensor, sigma: Tensor, cond: TextCondition) -> Tensor:
         sigma_ = sigma.view(-1, 1, 1, 1).to(x)
         c_in = (1 + sigma_**2).rsqrt()
-        collect = self.collect is not None
         timestep = self.schedule.timestep(sigma)
-        output = self.unet(x * c_in, timestep, cond.context, cond.mask, collect=collect, edges=collect)
-        if collect:
+        output = self.unet(x * c_in, timestep, cond.context, cond.mask, collect=self.collect is not None)
+        if self.collect is not None:
             self.collect(output)
         if self.prediction == "eps":
             return x - sigma_ * output.prediction

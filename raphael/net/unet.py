@@ -26,7 +26,7 @@ class GateNoise:
 class BlockOutput:
     """What one transformer block shows besides its features."""
 
-    edge_logits: Tensor | None  # (B, 1, h, w)
+    edge_logits: Tensor | None  # (B, 1, h, w), in training or when collected
     space: Routing
     time: Routing
     attention: Tensor | None  # (B, h*w, N), averaged over heads; only when collected
@@ -50,7 +50,6 @@ class Conditioning:
     context_mask: Tensor | None  # (B, N) bool; None: all tokens count
     gate_noise: GateNoise | None = None
     collect: bool = False
-    edges: bool = True
     bias: AttentionBias | None = None
     edit: AttentionEdit | None = None
 
@@ -105,7 +104,7 @@ class RaphaelBlock(nn.Module):
         )
         h = h + term
         out = x + self.out(h.mT.unflatten(2, (height, width)))
-        edges = self.edge_head(attention, height, width) if cond.edges else None
+        edges = self.edge_head(attention, height, width) if self.training or cond.collect else None
         return out, BlockOutput(edges, space, time, attention if cond.collect else None, height, width)
 
 
@@ -159,13 +158,12 @@ class UNet(nn.Module):
         *,
         gate_noise: GateNoise | None = None,
         collect: bool = False,
-        edges: bool = True,
         bias: AttentionBias | None = None,
         edit: AttentionEdit | None = None,
     ) -> UNetOutput:
         """Predict eps or v. With mean_over="all_tokens" the mask is ignored: padding is attended to and counted.
 
-        collect keeps the attention maps; edges=False leaves out the edge heads (sampling does not need them).
+        collect keeps the attention maps. The edge heads run in training and when collecting: sampling needs neither.
         Raises ValueError on a latent the U-Net cannot halve often enough, or a context of another size.
         """
         self._check(x, context)
@@ -174,7 +172,7 @@ class UNet(nn.Module):
         context = context.to(x.dtype)
         time = self.time_embedding(t)
         embedding = time + self._pooled(context, context_mask) if self.config.pooled_text else time
-        cond = Conditioning(time, embedding, context, context_mask, gate_noise, collect, edges, bias, edit)
+        cond = Conditioning(time, embedding, context, context_mask, gate_noise, collect, bias, edit)
         blocks: list[BlockOutput] = []
         h = self.conv_in(x)
         skips = [h]

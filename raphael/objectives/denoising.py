@@ -75,7 +75,8 @@ class DenoisingObjective(nn.Module):
             text = self.encode_text(tokens)
 
         x_t = self.schedule.add_noise(x0, noise, t)
-        output = self.unet(x_t, t, text.context, text.mask, gate_noise=self._gate_noise(rng, text.context))
+        gate_noise = self._gate_noise(rng, text.context)
+        output = self.unet(x_t, t, text.context, text.mask, gate_noise=gate_noise, collect=not self.unet.training)
         target = noise if self.prediction == "eps" else self.schedule.velocity(x0, noise, t)
         losses = {
             "denoise": F.mse_loss(output.prediction.float(), target),

@@ -88,7 +88,7 @@ def test_a_network_that_knows_the_truth_is_wrapped_into_a_denoiser_that_returns_
     t = torch.tensor([0, 10, 400, 800, 999])
 
     class Knowing(torch.nn.Module):
-        def forward(self, x, timestep, context, mask, collect, edges):
+        def forward(self, x, timestep, context, mask, collect):
             torch.testing.assert_close(timestep, t.float(), rtol=0, atol=1e-3)
             torch.testing.assert_close(x, schedule.add_noise(x0, noise, t))
             output = type("Output", (), {})()

@@ -87,7 +87,7 @@ def test_gate_noise_given_by_the_caller_makes_training_repeatable():
 
 def test_every_parameter_gets_a_gradient_whatever_was_routed():
     net = unet(num_space_experts=5, num_time_experts=5)
-    output = net(*inputs())
+    output = net(*inputs(), collect=True)
     (output.prediction.square().sum() + sum(b.edge_logits.square().sum() for b in output.blocks)).backward()
     assert [name for name, p in net.named_parameters() if p.grad is None] == []
 
