@@ -197,7 +197,7 @@ class UNetConfig:
     mean_over: Literal["all_tokens", "real_tokens"]  # the paper's 1/n_y is all 77; tiny leaves padding out
     edge_channels: Count
     edge_layers: Annotated[int, Range(2)]
-    pooled_text: bool  # res-blocks also read the mean text token (not in the paper; gates never do)
+    pooled_text: bool  # res-blocks also read the caption as a whole (not in the paper; gates never do)
 
     def __post_init__(self) -> None:
         if not self.channels:

@@ -162,7 +162,10 @@ def _load_kl(spec: str) -> nn.Module:
                     f"({KL_FILES}), or {taesd.ENCODER_FILE} and {taesd.DECODER_FILE}"
                 )
         return AutoencoderKL.from_pretrained(
-            str(local) if local.is_dir() else spec, local_files_only=local.is_dir(), torch_dtype=torch.float32
+            str(local) if local.is_dir() else spec,
+            local_files_only=local.is_dir(),
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,  # the other way wants accelerate, and says so at length
         )
 
 

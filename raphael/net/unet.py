@@ -118,7 +118,7 @@ class UNet(nn.Module):
         channels, time_dim = config.channels, 4 * config.channels[0]
         self.time_embedding = TimeEmbedding(channels[0], time_dim)
         if config.pooled_text:
-            self.text_embedding = nn.Linear(config.context_dim, time_dim)
+            self.text_embedding = nn.Linear(2 * config.context_dim, time_dim)
         self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
 
         self.down, skips, width = nn.ModuleList(), [channels[0]], channels[0]
@@ -252,10 +252,13 @@ class UNet(nn.Module):
         return h
 
     def _pooled(self, context: Tensor, context_mask: Tensor | None) -> Tensor:
+        """The mean token and the last real one, which in a causal encoder has read the whole caption."""
         if context_mask is None:
-            return self.text_embedding(context.mean(1))
-        weight = context_mask.to(context) / context_mask.sum(1, keepdim=True).clamp(min=1)
-        return self.text_embedding(torch.einsum("bn,bnc->bc", weight, context))
+            context_mask = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
+        count = context_mask.sum(1).clamp(min=1)
+        mean = torch.einsum("bn,bnc->bc", context_mask.to(context) / count.unsqueeze(1), context)
+        last = context[torch.arange(len(context), device=context.device), count - 1]
+        return self.text_embedding(torch.cat([mean, last], dim=-1))
 
     def _check(self, x: Tensor, context: Tensor) -> None:
         factor = 2 ** (len(self.config.channels) - 1)
