@@ -243,6 +243,7 @@ class ModelConfig:
 class TrainConfig:
     num_workers: NonNegative  # Ray Train workers; 0: this process, without Ray
     use_gpu: bool
+    latents: Literal["sample", "mean"]  # of the autoencoder's posterior; sample: as in latent diffusion
     caption_drop: Share  # share of samples whose caption is replaced by the empty one
     edge_weight: Annotated[float, Range(0)]
     edge_max_timestep: NonNegative  # T_c: no edge loss at t > T_c

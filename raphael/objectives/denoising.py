@@ -66,7 +66,8 @@ class DenoisingObjective(nn.Module):
         moments = batch[MOMENTS]
         B, C, h, w = len(moments), moments.shape[1] // 2, *moments.shape[2:]
         device = moments.device
-        x0 = sample_latents(moments, self.scale.factor, self.scale.shift, rng.normal("latent", (C, h, w)).to(device))
+        drawn = rng.normal("latent", (C, h, w)).to(device) if self.config.latents == "sample" else None
+        x0 = sample_latents(moments, self.scale.factor, self.scale.shift, drawn)
         t = (rng.uniform("timestep") * self.schedule.num_steps).long().clamp(max=self.schedule.num_steps - 1).to(device)
         noise = rng.normal("noise", (C, h, w)).to(device)
         dropped = (rng.uniform("caption_drop") < self.config.caption_drop).to(device)

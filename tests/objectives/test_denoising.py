@@ -23,7 +23,7 @@ def objective(prediction="v", **changes):
     from pathlib import Path
 
     torch.manual_seed(0)
-    config = replace(load_config(Path(__file__).parents[2] / "params.yaml").train, **changes)
+    config = replace(load_config(Path(__file__).parents[2] / "params.yaml").train, **{"latents": "sample", **changes})
     net = UNet(SHAPE)
     with torch.no_grad():
         for parameter in net.parameters():
@@ -141,3 +141,11 @@ def test_no_gradient_reaches_the_text_encoder():
     goal.encode_text = lambda tokens: TextCondition(table[tokens], tokens > 0)
     goal(batch(range(2)), rng(range(2)))["loss"].backward()
     assert table.grad is None
+
+
+def test_the_posterior_mean_can_be_learnt_instead_of_a_draw():
+    goal, seen = objective(latents="mean"), []
+    goal.schedule.add_noise = lambda x0, noise, t: seen.append(x0) or x0
+    records = batch([3])
+    goal(records, rng([3]))
+    torch.testing.assert_close(seen[0], (records[MOMENTS][:, :4] - 0.1) * 2.0)
