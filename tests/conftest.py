@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ os.environ.update(SWITCHES)  # before any test module imports the libraries that
 os.environ.update({"HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"})
 for name, value in HABITS.items():
     os.environ.setdefault(name, value)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # a shell that starts the tests in the background has Ctrl-C ignored, and all our children would inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
