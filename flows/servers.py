@@ -22,6 +22,9 @@ from raphael.stage import StageError, read_json, write_json
 START_S = 300.0  # a first start on a busy machine
 
 
+SENDING_S = 5.0
+
+
 def stop(root: Path, name: str) -> bool:
     """End the process that was started under this name, and all that it started; whether there was one."""
     lives = running(root, name)
@@ -53,9 +56,21 @@ def prefect_for_one_run(root: Path) -> Iterator[None]:
     try:
         start(root, name, prefect_command(port), port, {"PREFECT_UI_ENABLED": "false"})
         wait(root, name, lambda: answers(f"http://127.0.0.1:{port}/api/health"))
-        yield
+        try:
+            yield
+        finally:
+            _send_what_is_queued()
     finally:
         stop(root, name)
+
+
+def _send_what_is_queued() -> None:
+    """Log lines and events still on their way, sent while the server answers: at exit Prefect tries for a minute."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    for worker in (APILogWorker, EventsWorker):
+        worker.drain_all(timeout=SENDING_S)
 
 
 def prefect_command(port: int) -> list[str]:
