@@ -115,6 +115,7 @@ class LoopConfig:
 
     num_images: Count
     batch_size: Count
+    optimizer: Literal["adamw", "muon"]  # muon: its update for the matrices, AdamW's for the rest
     learning_rate: Positive
     warmup_images: NonNegative
     schedule: Literal["constant", "cosine"]
@@ -161,10 +162,12 @@ class ClipConfig:
     text_width: Count
     text_heads: Count
     text_layers: Count
+    token_std: Positive  # of the token vectors at the start; open_clip's own is 0.02
+    image_tower: Literal["vit", "resnet"]
     image_size_px: Count
-    image_width: Count
-    image_layers: Count
-    patch_size_px: Count
+    image_width: Count  # of a vit's tokens; of a resnet's stem
+    image_layers: Count  # of a vit; bottlenecks in each of a resnet's four stages
+    patch_size_px: NonNegative  # of a vit; 0 for a resnet
     loop: LoopConfig
 
 

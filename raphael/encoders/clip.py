@@ -23,6 +23,7 @@ from raphael.stage import read_json, write_json
 FORMAT = "open_clip"
 WEIGHTS = "model.safetensors"
 VISION_HEAD_WIDTH = 32  # of the small vision towers built here
+OPEN_CLIP_TOKEN_STD = 0.02  # how open_clip starts the token vectors
 # Mean and standard deviation of RGB in [0,1], of CLIP's own training pictures (openai/CLIP clip.py)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -46,23 +47,12 @@ class OpenClip:
 
 def build_clip(config: ClipConfig) -> OpenClip:
     """A CLIP with random weights (torch's global generator)."""
-    if config.image_width % VISION_HEAD_WIDTH or config.text_width % config.text_heads:
-        raise ValueError(
-            f"clip: got image_width {config.image_width}, text_width {config.text_width}, text_heads "
-            f"{config.text_heads}; expected multiples of {VISION_HEAD_WIDTH} and of text_heads; set them in params.yaml"
-        )
-    if config.image_size_px % config.patch_size_px:
-        sizes = f"image_size_px {config.image_size_px}, expected a multiple of patch_size_px {config.patch_size_px}"
+    if config.text_width % config.text_heads:
+        sizes = f"text_width {config.text_width}, expected a multiple of text_heads {config.text_heads}"
         raise ValueError(f"clip: got {sizes}; set them in params.yaml")
     settings = {
         "embed_dim": config.embed_dim,
-        "vision_cfg": {
-            "image_size": config.image_size_px,
-            "patch_size": config.patch_size_px,
-            "width": config.image_width,
-            "layers": config.image_layers,
-            "head_width": VISION_HEAD_WIDTH,
-        },
+        "vision_cfg": _vision_settings(config),
         "text_cfg": {
             "context_length": config.context_length,
             "vocab_size": _tokenizer().vocab_size,
@@ -71,7 +61,29 @@ def build_clip(config: ClipConfig) -> OpenClip:
             "layers": config.text_layers,
         },
     }
-    return _assemble(settings)
+    clip = _assemble(settings)
+    with torch.no_grad():
+        clip.model.token_embedding.weight.mul_(config.token_std / OPEN_CLIP_TOKEN_STD)
+    return clip
+
+
+def _vision_settings(config: ClipConfig) -> dict[str, Any]:
+    got = f"image_tower {config.image_tower}, image_size_px {config.image_size_px}, image_width {config.image_width}"
+    got += f", patch_size_px {config.patch_size_px}"
+    settings = {"image_size": config.image_size_px, "width": config.image_width, "head_width": VISION_HEAD_WIDTH}
+    if config.image_tower == "resnet":
+        # its stem halves the picture twice, three of its stages once
+        if config.image_size_px % 32 or config.image_width % 2 or config.patch_size_px:
+            raise ValueError(
+                f"clip: got {got}; a resnet wants a size that is a multiple of 32, an even width and patch_size_px 0; "
+                "set them in params.yaml"
+            )
+        return {**settings, "layers": (config.image_layers,) * 4}
+    if not config.patch_size_px or config.image_size_px % config.patch_size_px:
+        raise ValueError(f"clip: got {got}; a vit wants a size that is a multiple of patch_size_px")
+    if config.image_width % VISION_HEAD_WIDTH:
+        raise ValueError(f"clip: got {got}; a vit wants a width that is a multiple of {VISION_HEAD_WIDTH}")
+    return {**settings, "layers": config.image_layers, "patch_size": config.patch_size_px}
 
 
 def save_clip(clip: OpenClip, folder: Path) -> None:

@@ -183,7 +183,7 @@ def train(
             for group in state.optimizer.param_groups:
                 group["lr"] = learning_rate(state.images + loop.batch_size, loop)
             state.optimizer.step()
-            state.optimizer.zero_grad(set_to_none=True)
+            state.optimizer.zero_grad()
 
             # State.
             state.add({**outputs, "gradient_norm": norm})

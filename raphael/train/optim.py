@@ -1,4 +1,5 @@
-"""AdamW whose groups are chosen by the type of module that owns a parameter, and the learning rate by images seen."""
+"""AdamW, or Muon for the matrices and AdamW for the rest; groups by the type of module that owns a parameter; and the
+learning rate by images seen."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from raphael.config import LoopConfig
+from raphael.train.muon import Muon, is_muon_shape
 
 # Weight decay is for matrices that mix features. Norms, biases and embeddings have none; nor has a bare parameter of
 # any other module, unless its class names it in `decayed`, a tuple of attribute names.
@@ -40,8 +42,8 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     # in the order of module.parameters(), so that every rank and every run has the same
     ordered = [parameter for key, parameter in trainable.items() if key in decayed]
     groups = [
-        {"params": ordered, "weight_decay": weight_decay},
-        {"params": list(plain.values()), "weight_decay": 0.0},
+        {"params": ordered, "weight_decay": weight_decay, "kind": "mixing"},
+        {"params": list(plain.values()), "weight_decay": 0.0, "kind": "plain"},
     ]
     groups = [group for group in groups if group["params"]]
     members = [id(parameter) for group in groups for parameter in group["params"]]
@@ -51,9 +53,55 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     return groups
 
 
-def make_optimizer(module: nn.Module, loop: LoopConfig) -> torch.optim.AdamW:
-    # fused: one pass over all parameters; on a CPU it is several times faster than the loop over tensors
+class Optimizers:
+    """One or two of torch's optimizers, each with its share of the parameters, as the loop and checkpoints see them."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer):
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def moments(self, parameter: Tensor) -> dict[str, Tensor]:
+        """By name; empty for a parameter that never had a gradient."""
+        return next((opt.state[parameter] for opt in self.optimizers if parameter in opt.state), {})
+
+    def restore(self, moments: dict[Tensor, dict[str, Tensor]]) -> None:
+        """Become an optimizer with these moments of these parameters, and none of others."""
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter in moments:
+                        optimizer.state[parameter] = moments[parameter]
+
+
+def make_optimizer(module: nn.Module, loop: LoopConfig) -> Optimizers:
     groups = parameter_groups(module, loop.weight_decay)
+    if loop.optimizer == "adamw":
+        return Optimizers(_adamw(groups, loop))
+    matrices, rest = [], []
+    for group in groups:
+        mixing = group["params"] if group["kind"] == "mixing" else []
+        chosen = {id(parameter) for parameter in mixing if is_muon_shape(parameter)}
+        matrices.append({**group, "params": [p for p in group["params"] if id(p) in chosen]})
+        rest.append({**group, "params": [p for p in group["params"] if id(p) not in chosen]})
+    matrices, rest = ([group for group in part if group["params"]] for part in (matrices, rest))
+    optimizers = [Muon(matrices, loop.learning_rate)] if matrices else []
+    return Optimizers(*optimizers, *([_adamw(rest, loop)] if rest else []))
+
+
+def _adamw(groups: list[dict], loop: LoopConfig) -> torch.optim.AdamW:
+    # fused: one pass over all parameters; on a CPU it is several times faster than the loop over tensors
     return torch.optim.AdamW(groups, lr=loop.learning_rate, betas=tuple(loop.betas), fused=True)
 
 

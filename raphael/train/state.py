@@ -14,7 +14,7 @@ from raphael.strict import to_dict
 from raphael.train.ema import Ema
 from raphael.train.optim import make_optimizer
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum")  # of AdamW, of Muon
 
 
 class State:
@@ -50,10 +50,9 @@ class State:
     def pack(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """(groups, meta) for raphael.checkpoint."""
         optimizer = {
-            f"{name}.{moment}": self.optimizer.state[parameter][moment]
+            f"{name}.{moment}": tensor
             for name, parameter in self.parameters.items()
-            if parameter in self.optimizer.state  # a parameter that never had a gradient has no moments
-            for moment in MOMENTS
+            for moment, tensor in self.optimizer.moments(parameter).items()
         }
         groups = {
             "model": {**self.parameters, **self.buffers},
@@ -79,15 +78,17 @@ class State:
                 )
         for kind, own in (("model", {**self.parameters, **self.buffers}), ("ema", self.ema.average)):
             _copy(own, groups[kind], f"{where}: {kind}")
-        self.optimizer.state.clear()
-        for name, parameter in self.parameters.items():
-            if f"{name}.step" in groups["optimizer"]:
-                moments = {moment: groups["optimizer"][f"{name}.{moment}"] for moment in MOMENTS}
-                self.optimizer.state[parameter] = {
-                    # fused AdamW keeps the count beside the parameter
-                    moment: tensor.to(parameter.device)
-                    for moment, tensor in moments.items()
-                }
+        stored = groups["optimizer"]
+        moments = {
+            parameter: {
+                # fused AdamW keeps the count beside the parameter
+                moment: stored[f"{name}.{moment}"].to(parameter.device)
+                for moment in MOMENTS
+                if f"{name}.{moment}" in stored
+            }
+            for name, parameter in self.parameters.items()
+        }
+        self.optimizer.restore({parameter: found for parameter, found in moments.items() if found})
         device = next(iter(self.parameters.values())).device
         self.sums = {name: tensor.to(device) for name, tensor in groups["sums"].items()}
         self.images, self.summed_steps, self.history = meta["images_seen"], meta["summed_steps"], meta["history"]

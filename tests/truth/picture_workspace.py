@@ -89,7 +89,7 @@ SMALL = {
     "autoencoder": {"latent_channels": 4, "channels": [8, 8, 8], "norm_groups": 4, "loop": SMALL_LOOP},
     "clip": {
         "text_width": 32, "text_heads": 2, "text_layers": 1, "image_width": 32, "image_layers": 1, "embed_dim": 16,
-        "image_size_px": 16, "loop": SMALL_LOOP,
+        "image_tower": "vit", "image_size_px": 16, "patch_size_px": 16, "loop": SMALL_LOOP,
     },
     "encode": {"batch_size": 4},
 }  # fmt: skip

@@ -60,6 +60,7 @@ def write_pipeline(folder: Path, seed: int = 0) -> Path:
         text_width=32,
         text_heads=4,
         text_layers=1,
+        image_tower="vit",
         image_size_px=32,
         image_width=64,
         image_layers=1,
