@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import get_args
 
 from raphael.stage import StageError, one_clear_line, write_json
 from raphael.strict import ConfigError
@@ -39,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--guidance-scale", type=float, default=4.0, help="1: none (default: %(default)s)")
     command.add_argument("--num-images", type=int, default=1, help="for each prompt (default: %(default)s)")
     command.add_argument("--negative-prompt", default="", help="what to keep away from")
-    command.add_argument("--sampler", default="dpmpp_2m", help="ddpm, ddim or dpmpp_2m (default: %(default)s)")
+    _sampler_arguments(command)
     command.add_argument("--batch-size", type=int, default=50, help="pictures at a time (default: %(default)s)")
     command.add_argument("--out", type=Path, required=True, help="folder for the PNGs and images.json")
 
@@ -56,6 +57,26 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _sampler_arguments(command: argparse.ArgumentParser) -> None:
+    from raphael.config import SamplerName, ThresholdKind
+
+    samplers, kinds = get_args(SamplerName), get_args(ThresholdKind)
+    names = f"{', '.join(samplers[:-1])} or {samplers[-1]}"
+    command.add_argument("--sampler", default="dpmpp_2m", help=f"{names} (default: %(default)s)")
+    command.add_argument("--eta", type=float, default=0.0, help="of ddim: 0 deterministic, 1 as ddpm")
+    command.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        default=[0.0, 1.0],
+        metavar=("LOW", "HIGH"),
+        help="guide only there: shares of the timesteps, 0 the cleanest, 1 the noisiest (default: all)",
+    )
+    command.add_argument("--threshold", default="none", choices=kinds, help="for models of pixels (default: none)")
+    command.add_argument("--threshold-percentile", type=float, default=99.5, help="dynamic only (default: %(default)s)")
+    command.add_argument("--threshold-bound", type=float, default=1.0, help="of the data (default: %(default)s)")
+
+
 def _command(commands: argparse._SubParsersAction, name: str, text: str, act) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
     command.add_argument("--checkpoint", default=CHECKPOINT, help="a pipeline folder (default: %(default)s)")
@@ -70,12 +91,16 @@ def _generate(arguments: argparse.Namespace) -> None:
         raise StageError(f"--num-images: got {arguments.num_images}, expected at least 1")
     pipeline = RaphaelPipeline.from_pretrained(arguments.checkpoint)
     pipeline.sampler, pipeline.batch_size = arguments.sampler, arguments.batch_size
+    pipeline.threshold, pipeline.threshold_bound = arguments.threshold, arguments.threshold_bound
+    pipeline.threshold_percentile = arguments.threshold_percentile
     result = pipeline(
         arguments.prompt,
         negative_prompt=arguments.negative_prompt or None,
         num_inference_steps=arguments.steps,
         guidance_scale=arguments.guidance_scale,
         num_images_per_prompt=arguments.num_images,
+        eta=arguments.eta,
+        guidance_interval=tuple(arguments.guidance_interval),
         seed=arguments.seed,
     )
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -89,6 +114,11 @@ def _generate(arguments: argparse.Namespace) -> None:
         "steps": arguments.steps,
         "guidance_scale": arguments.guidance_scale,
         "sampler": arguments.sampler,
+        "eta": arguments.eta,
+        "guidance_interval": arguments.guidance_interval,
+        "threshold": arguments.threshold,
+        "threshold_percentile": arguments.threshold_percentile,
+        "threshold_bound": arguments.threshold_bound,
         "negative_prompt": arguments.negative_prompt,
     }
     write_json(arguments.out / "images.json", {"model": pipeline.identity, "settings": settings, "images": entries})

@@ -19,6 +19,8 @@ Count = Annotated[int, Range(1)]
 NonNegative = Annotated[int, Range(0)]
 Positive = Annotated[float, Range(1e-12)]
 Score = Annotated[float, Range(-100, 100)]
+SamplerName = Literal["ddpm", "ddim", "euler", "heun", "dpmpp_2m", "unipc"]
+ThresholdKind = Literal["none", "static", "dynamic"]
 
 
 @dataclass(frozen=True)
@@ -224,6 +226,14 @@ class DiffusionConfig:
     beta_start: Positive
     beta_end: Positive
     prediction: Literal["eps", "v"]
+    zero_terminal_snr: bool  # the last timestep is pure noise, alpha_bar = 0; asks for prediction v
+
+    def __post_init__(self) -> None:
+        if self.zero_terminal_snr and self.prediction == "eps":
+            raise ValueError(
+                "zero_terminal_snr: got true with prediction eps, expected prediction v: at the last timestep the "
+                "input is the noise itself, so eps says nothing about the picture"
+            )
 
 
 @dataclass(frozen=True)
@@ -261,12 +271,25 @@ class TrainConfig:
 @dataclass(frozen=True)
 class GenerateConfig:
     seed: NonNegative
-    sampler: Literal["ddpm", "ddim", "dpmpp_2m"]
+    sampler: SamplerName
     steps: Count
+    eta: Share  # of ddim: 0 deterministic, 1 the noise of ddpm; 0 with every other sampler
     guidance_scale: Annotated[float, Range(0)]
+    guidance_interval: tuple[Share, ...]  # from, to: shares of the timesteps, 0 the cleanest, 1 the noisiest
+    threshold: ThresholdKind  # of the estimates of x_0; for models of pixels, whose bounds are known
+    threshold_percentile: Annotated[float, Range(0, 100)]  # of |x_0|, dynamic only
+    threshold_bound: Positive  # of |x_0| in the data: 1 for pixels
     precision: Literal["auto", "fp32", "bf16"]
     batch_size: Count
     images_per_prompt: Count
+
+    def __post_init__(self) -> None:
+        if self.eta and self.sampler != "ddim":
+            raise ValueError(f"eta: got {self.eta:g} with sampler {self.sampler}, expected 0: only ddim has it")
+        if len(self.guidance_interval) != 2 or self.guidance_interval[0] > self.guidance_interval[1]:
+            raise ValueError(
+                f"guidance_interval: got {list(self.guidance_interval)}, expected two shares, the lower first"
+            )
 
 
 @dataclass(frozen=True)

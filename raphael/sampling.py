@@ -10,16 +10,16 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from raphael.config import GenerateConfig
-from raphael.diffusion.denoiser import NetworkDenoiser, TextCondition
-from raphael.diffusion.guidance import ClassifierFreeGuidance
+from raphael.config import GenerateConfig, SamplerName, ThresholdKind
+from raphael.diffusion.denoiser import Denoiser, NetworkDenoiser, TextCondition
+from raphael.diffusion.guidance import ClassifierFreeGuidance, Thresholded
 from raphael.diffusion.samplers import sample
 from raphael.diffusion.schedule import Schedule
 from raphael.precision import autocast
@@ -46,16 +46,21 @@ class Parts:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw. guidance_scale 1 is no guidance; 0 ignores the prompt."""
+    """How to draw. guidance_scale 1 is no guidance; 0 ignores the prompt. The fields are those of GenerateConfig."""
 
-    sampler: str = "dpmpp_2m"
+    sampler: SamplerName = "dpmpp_2m"
     steps: int = 15
     guidance_scale: float = 4.0
     precision: str = "fp32"  # of the network's products: fp32, bf16, or auto (raphael/precision.py)
+    eta: float = 0.0  # of ddim
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # shares of the timesteps, 0 the cleanest, 1 the noisiest
+    threshold: ThresholdKind = "none"
+    threshold_percentile: float = 99.5
+    threshold_bound: float = 1.0
 
 
 def sampling_of(config: GenerateConfig) -> Sampling:
-    return Sampling(config.sampler, config.steps, config.guidance_scale, config.precision)
+    return Sampling(**{field.name: getattr(config, field.name) for field in fields(Sampling)})
 
 
 def draw_images(
@@ -86,16 +91,29 @@ def draw_latents(
     negative_prompt: str = "",
 ) -> Tensor:
     """Draw scaled latents (n, C, h, w), one batch. The conditional and unconditional branch share one forward."""
-    denoiser = ClassifierFreeGuidance(
-        NetworkDenoiser(parts.unet, parts.schedule, parts.prediction),
-        settings.guidance_scale,
-        encode_texts(parts, [negative_prompt]),
-    )
+    denoiser = guided_denoiser(parts, settings, negative_prompt)
     device = next(parts.unet.parameters()).device
     noise = PictureNoise(seeds, parts.latent_shape, device)
     sigmas = parts.schedule.sampling_sigmas(settings.steps)
     with evaluating(parts.unet), autocast(settings.precision, device):
-        return sample(settings.sampler, denoiser, noise.start(), sigmas, encode_texts(parts, prompts), noise)
+        cond = encode_texts(parts, prompts)
+        return sample(settings.sampler, denoiser, noise.start(), sigmas, cond, noise, settings.eta)
+
+
+def guided_denoiser(parts: Parts, settings: Sampling, negative_prompt: str = "") -> Denoiser:
+    """The network as a Denoiser, guided, then (where asked for) thresholded: guidance is what drives values out."""
+    low, high = settings.guidance_interval
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"guidance_interval: got {low:g} to {high:g}, expected two shares, the lower first")
+    denoiser: Denoiser = ClassifierFreeGuidance(
+        NetworkDenoiser(parts.unet, parts.schedule, parts.prediction),
+        settings.guidance_scale,
+        encode_texts(parts, [negative_prompt]),
+        parts.schedule.sigma_bounds(low, high),
+    )
+    if settings.threshold == "none":
+        return denoiser
+    return Thresholded(denoiser, settings.threshold, settings.threshold_percentile, settings.threshold_bound)
 
 
 def encode_texts(parts: Parts, texts: list[str]) -> TextCondition:

@@ -15,11 +15,17 @@ from raphael.config import DiffusionConfig
 
 
 class Schedule:
-    """alpha_bar (T,) and sigma (T,), float64, increasing noise."""
+    """alpha_bar (T,) and sigma (T,), float64, increasing noise.
+
+    With zero_terminal_snr alpha_bar ends in 0 and sigma in infinity: x_{T-1} is the noise, v there is -x_0.
+    """
 
     def __init__(self, config: DiffusionConfig):
         self.num_steps = config.num_steps
+        self.zero_terminal_snr = config.zero_terminal_snr
         self.alpha_bar = torch.cumprod(1 - _betas(config), dim=0)
+        if self.zero_terminal_snr:
+            self.alpha_bar = zero_terminal(self.alpha_bar)
         self.sigma = ((1 - self.alpha_bar) / self.alpha_bar).sqrt()
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -33,13 +39,32 @@ class Schedule:
         return signal * noise - spread * x0
 
     def timestep(self, sigma: Tensor) -> Tensor:
-        """The (fractional) timestep of a noise level: sigma (B,) -> t (B,), linear in log sigma, clamped."""
+        """The (fractional) timestep of a noise level: sigma (B,) -> t (B,), linear in log sigma, clamped.
+
+        Where the schedule ends in infinite sigma, its last interval is linear in sqrt(alpha_bar) instead.
+        """
         log_sigmas = self.sigma.log().to(sigma.device)
         log_sigma = sigma.double().log().clamp(log_sigmas[0], log_sigmas[-1])
         high = torch.searchsorted(log_sigmas, log_sigma).clamp(1, self.num_steps - 1)
         low = high - 1
         share = (log_sigma - log_sigmas[low]) / (log_sigmas[high] - log_sigmas[low])
+        if self.zero_terminal_snr:
+            root = (1 + sigma.double() ** 2).rsqrt()  # sqrt(alpha_bar): 0 at infinite sigma
+            last = 1 - root / self.alpha_bar[-2].sqrt().to(sigma.device)
+            share = torch.where(high == self.num_steps - 1, last, share)
         return (low + share).float()
+
+    def sigma_bounds(self, low: float, high: float) -> tuple[float, float]:
+        """The noise levels of the timesteps t with low <= t / (T-1) <= high, both shares in [0, 1].
+
+        Share 0 is sigma 0 and share 1 is infinite: nothing lies beyond the ends.
+        """
+        last = self.num_steps - 1
+        first_t, last_t = math.ceil(low * last), math.floor(high * last)
+        return (
+            0.0 if low <= 0 else float(self.sigma[first_t]),
+            math.inf if high >= 1 else float(self.sigma[last_t]),
+        )
 
     def sampling_sigmas(self, steps: int) -> Tensor:
         """(steps + 1,) float64, from sigma_{T-1} down to 0, at timesteps equally spaced from T-1 ("trailing").
@@ -56,6 +81,15 @@ class Schedule:
     def _roots(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         alpha_bar = self.alpha_bar.to(t.device)[t].view(-1, *[1] * (like.dim() - 1))
         return alpha_bar.sqrt().to(like.dtype), (1 - alpha_bar).sqrt().to(like.dtype)
+
+
+def zero_terminal(alpha_bar: Tensor) -> Tensor:
+    """alpha_bar (T,) moved so that its last value is exactly 0 (arXiv 2305.08891, algorithm 1).
+
+    sqrt(alpha_bar) is shifted to end in 0, then scaled to keep its first value.
+    """
+    root = alpha_bar.sqrt()
+    return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
 
 
 def _betas(config: DiffusionConfig) -> Tensor:

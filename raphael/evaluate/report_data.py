@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from raphael.config import Config
+from raphael import strict
+from raphael.config import Config, GenerateConfig
 from raphael.evaluate import figures
 from raphael.stage import StageError, read_json
 
@@ -220,13 +222,14 @@ def inside(config: Config, model: Path, generated: Path, drawn: dict[str, Any]) 
     from raphael.evaluate.routes import time_table, token_routes
     from raphael.generate.insight import look_inside
     from raphael.generate.pipeline import RaphaelPipeline
-    from raphael.sampling import Sampling, decode_pictures, draw_latents
+    from raphael.sampling import decode_pictures, draw_latents, sampling_of
 
     pipeline = RaphaelPipeline.from_pretrained(model)
     entries = _one_per_suite(drawn["images"])
     settings, parts = drawn["settings"], pipeline.parts()
     prompts, seeds = [entry["prompt"] for entry in entries], [(settings["seed"], entry["index"]) for entry in entries]
-    sampling = Sampling(settings["sampler"], settings["steps"], settings["guidance_scale"])
+    recorded = strict.load(GenerateConfig, settings, str(generated / "images.json"), "settings")
+    sampling = replace(sampling_of(recorded), precision="fp32")
     latents = draw_latents(parts, prompts, seeds, sampling)
     seen = look_inside(parts, pipeline.text_encoder, prompts, latents, seeds)
     pictures = decode_pictures(parts, latents)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from raphael.checkpoint import checkpoint_sha256, load_weights, read_checkpoint
-from raphael.config import DiffusionConfig, UNetConfig
+from raphael.config import DiffusionConfig, SamplerName, ThresholdKind, UNetConfig
 from raphael.diffusion.denoiser import TextCondition
 from raphael.diffusion.schedule import Schedule
 from raphael.encoders.autoencoder import load_autoencoder
@@ -39,7 +39,7 @@ class PipelineOutput:
 class RaphaelPipeline:
     """Draw with `pipeline("a red circle", num_inference_steps=30).images[0]`.
 
-    sampler and batch_size are attributes as a diffusers pipeline's scheduler is: how to draw, not what.
+    sampler, threshold* and batch_size are attributes as a diffusers pipeline's scheduler is: how to draw, not what.
     """
 
     def __init__(
@@ -52,7 +52,9 @@ class RaphaelPipeline:
         self.text_encoder = text_encoder.eval()
         self.meta = meta
         self.identity = ""
-        self.sampler = "dpmpp_2m"
+        self.sampler: SamplerName = "dpmpp_2m"
+        self.threshold: ThresholdKind = "none"  # static, dynamic: for models of pixels (raphael/diffusion/guidance.py)
+        self.threshold_percentile, self.threshold_bound = 99.5, 1.0
         self.batch_size = 50
 
     @classmethod
@@ -89,6 +91,8 @@ class RaphaelPipeline:
         guidance_scale: float = 4.0,
         num_images_per_prompt: int = 1,
         *,
+        eta: float = 0.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         seed: int = 0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         height: int | None = None,
@@ -101,12 +105,22 @@ class RaphaelPipeline:
 
         Picture i depends on (seed, i) and its prompt, not on the others. generator: as in diffusers; only its initial
         seed is used, a list gives every picture a seed of its own. height, width: pixels, default those trained on.
-        guidance_scale: 1 is off. collect: also attention maps, edge maps and routes (`.insight`).
+        guidance_scale: 1 is off. guidance_interval: where it acts, shares of the timesteps, 0 the cleanest. eta: of the
+        sampler ddim, 0 to 1. collect: also attention maps, edge maps and routes (`.insight`).
         progress: called with the number of pictures just finished. Raises ValueError for what does not fit.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
-        settings = Sampling(self.sampler, num_inference_steps, guidance_scale)
+        settings = Sampling(
+            self.sampler,
+            num_inference_steps,
+            guidance_scale,
+            eta=eta,
+            guidance_interval=guidance_interval,
+            threshold=self.threshold,
+            threshold_percentile=self.threshold_percentile,
+            threshold_bound=self.threshold_bound,
+        )
         if output_type not in ("pil", "np"):
             raise ValueError(f"output_type: got {output_type!r}, expected pil or np")
         if not prompts:

@@ -1,14 +1,18 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields, replace
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from truth.tiny_raphael import write_pipeline
 
+from raphael.config import DiffusionConfig, GenerateConfig, SamplerName, load_config
+from raphael.diffusion.schedule import Schedule
 from raphael.generate.pipeline import RaphaelPipeline, picture_seeds
-from raphael.sampling import Parts, Sampling, draw_images, draw_latents, image_grid
+from raphael.sampling import Parts, Sampling, draw_images, draw_latents, image_grid, sampling_of
 from raphael.stage import StageError
 
 ROUNDING = 2e-3  # of latents of order 1: kernels differ between batch sizes in the last bits
@@ -36,7 +40,7 @@ def test_the_same_seed_draws_the_same_bytes_and_another_seed_does_not(pipeline):
     assert first.tobytes() == again.tobytes() != other.tobytes()
 
 
-@pytest.mark.parametrize("sampler", ["dpmpp_2m", "ddpm", "ddim"])
+@pytest.mark.parametrize("sampler", get_args(SamplerName))
 def test_a_picture_is_the_same_whatever_stands_beside_it_in_the_batch(pipeline, sampler):
     parts, settings = pipeline.parts(), Sampling(sampler, 3, 3.0)
     prompts, seeds = [f"prompt {i}" for i in range(7)], [(3, i) for i in range(7)]
@@ -58,6 +62,69 @@ def test_guidance_of_one_batch_equals_two_forwards_put_together_by_hand(pipeline
     parts = pipeline.parts()
     drawn = {scale: draw_latents(parts, ["a ring"], [(0, 0)], Sampling("ddim", 1, scale)) for scale in (0.0, 1.0, 5.0)}
     torch.testing.assert_close(drawn[5.0], drawn[0.0] + 5 * (drawn[1.0] - drawn[0.0]), rtol=1e-4, atol=1e-3)
+
+
+def test_guidance_acts_inside_its_interval_alone(pipeline):
+    """Two steps of DDIM, at timesteps 999 and 499: guided in the first only, in the second only, in both, in none."""
+    parts = pipeline.parts()
+
+    def draw(scale, *interval):
+        return draw_latents(parts, ["a ring"], [(0, 0)], Sampling("ddim", 2, scale, guidance_interval=interval))
+
+    everywhere, nowhere = draw(5.0, 0.0, 1.0), draw(1.0, 0.0, 1.0)
+    early, late = draw(5.0, 0.6, 1.0), draw(5.0, 0.0, 0.6)
+    assert torch.equal(draw(5.0, 0.6, 0.7), nowhere)
+    assert len({tensor.numpy().tobytes() for tensor in (everywhere, nowhere, early, late)}) == 4
+    with pytest.raises(ValueError, match="guidance_interval: got 0.7 to 0.2"):
+        draw(5.0, 0.7, 0.2)
+
+
+def test_a_threshold_keeps_the_drawn_values_within_its_bound(pipeline):
+    parts, free = pipeline.parts(), Sampling("ddim", 3, 9.0)
+    wild = draw_latents(parts, ["a ring"], [(0, 0)], free)
+    for kind in ("static", "dynamic"):
+        bounded = draw_latents(parts, ["a ring"], [(0, 0)], replace(free, threshold=kind, threshold_bound=0.5))
+        assert bounded.abs().max() <= 0.5 * (1 + 1e-6) < wild.abs().max()
+
+
+def test_a_model_trained_to_zero_terminal_snr_draws_from_pure_noise(pipeline):
+    parts = replace(pipeline.parts(), schedule=Schedule(replace(pipeline.diffusion, zero_terminal_snr=True)))
+    for sampler in get_args(SamplerName):
+        latents = draw_latents(parts, ["a ring"], [(0, 0)], Sampling(sampler, 3, 3.0))
+        assert torch.isfinite(latents).all()
+
+
+def test_eta_reaches_the_sampler_under_diffusers_name(pipeline):
+    pipeline.sampler = "ddim"
+    try:
+        calm, wild = (pipeline("a", num_inference_steps=3, eta=eta, output_type="np").images for eta in (0.0, 1.0))
+    finally:
+        pipeline.sampler = "dpmpp_2m"
+    assert not np.array_equal(calm, wild)
+    with pytest.raises(ValueError, match="eta: got 1 with sampler dpmpp_2m"):
+        pipeline("a", num_inference_steps=1, eta=1.0)
+
+
+def test_every_setting_of_drawing_comes_from_the_settings_file():
+    config = load_config(write_pipeline.__globals__["ROOT"] / "params.yaml").generate
+    changed = replace(
+        config, sampler="ddim", steps=3, eta=0.5, guidance_scale=2.0, guidance_interval=(0.1, 0.9),
+        threshold="dynamic", threshold_percentile=90.0, threshold_bound=2.0, precision="bf16",
+    )  # fmt: skip
+    drawn = sampling_of(changed)
+    assert all(getattr(drawn, field.name) == getattr(changed, field.name) for field in fields(Sampling))
+    assert all(getattr(drawn, field.name) != getattr(Sampling(), field.name) for field in fields(Sampling))
+
+
+def test_settings_of_drawing_that_contradict_each_other_are_refused():
+    config = load_config(write_pipeline.__globals__["ROOT"] / "params.yaml").generate
+    assert isinstance(config, GenerateConfig)
+    with pytest.raises(ValueError, match="eta: got 0.5 with sampler heun"):
+        replace(config, sampler="heun", eta=0.5)
+    with pytest.raises(ValueError, match="guidance_interval: got .*expected two shares"):
+        replace(config, guidance_interval=(0.9, 0.1))
+    with pytest.raises(ValueError, match="zero_terminal_snr: got true with prediction eps"):
+        DiffusionConfig(1000, "linear", 1e-4, 0.02, "eps", True)
 
 
 def test_without_guidance_a_negative_prompt_changes_nothing_and_with_it_it_does(pipeline):
@@ -151,6 +218,12 @@ def test_the_command_draws_prints_and_repeats_itself(folder, tmp_path):
     assert main([*arguments, "--out", str(tmp_path / "b"), "--num-images", "2"]) == 0
     content = json.loads((tmp_path / "a/images.json").read_text())
     assert [entry["prompt"] for entry in content["images"]] == ["a red circle"] * 2 + ["a star"] * 2
+    assert content["settings"] | {"sampler": "dpmpp_2m", "eta": 0.0, "threshold": "none"} == content["settings"]
+    more = "--sampler ddim --eta 0.5 --guidance-interval 0.2 0.9 --threshold static --threshold-bound 3".split()
+    assert main([*arguments, "--out", str(tmp_path / "c"), *more]) == 0
+    settings = json.loads((tmp_path / "c/images.json").read_text())["settings"]
+    assert settings["guidance_interval"] == [0.2, 0.9] and settings["threshold_bound"] == 3.0
+    assert (tmp_path / "c/00000.png").read_bytes() != (tmp_path / "a/00000.png").read_bytes()
     for entry in content["images"]:
         assert (tmp_path / "a" / entry["file"]).read_bytes() == (tmp_path / "b" / entry["file"]).read_bytes()
 
