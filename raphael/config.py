@@ -263,6 +263,7 @@ class TrainConfig:
     focal_alpha: Share
     focal_gamma: Annotated[float, Range(0)]
     balance_weight: Annotated[float, Range(0)]  # 0: off, as in the paper
+    min_snr_gamma: Annotated[float, Range(0)]  # 0: off, every timestep counts alike; 5 in arXiv 2303.09556
     sample_prompts: tuple[str, ...]  # of the grids drawn while training; empty: the first held-out prompts
     num_sample_prompts: Count
     loop: LoopConfig

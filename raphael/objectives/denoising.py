@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +81,7 @@ class DenoisingObjective(nn.Module):
         output = self.unet(x_t, t, text.context, text.mask, gate_noise=gate_noise, collect=not self.unet.training)
         target = noise if self.prediction == "eps" else self.schedule.velocity(x0, noise, t)
         losses = {
-            "denoise": F.mse_loss(output.prediction.float(), target),
+            "denoise": self._denoise_loss(output.prediction.float(), target, t),
             "edge": self._edge_loss(output.blocks, batch[EDGES], t),
             "balance": self._balance_loss(output.blocks),
         }
@@ -88,6 +89,14 @@ class DenoisingObjective(nn.Module):
         loss = sum(weights[name] * value for name, value in losses.items())
         assert B == len(t)
         return {"loss": loss, **losses, **_expert_statistics(output.blocks)}
+
+    def _denoise_loss(self, prediction: Tensor, target: Tensor, t: Tensor) -> Tensor:
+        """The mean square per element, each sample's times its weight. (B, C, h, w) twice, t (B,) -> scalar."""
+        gamma = self.config.min_snr_gamma
+        if gamma == 0:
+            return F.mse_loss(prediction, target)
+        weights = min_snr_weights(self.schedule.alpha_bar.to(t.device)[t], gamma, self.prediction)
+        return (weights.to(target) * (prediction - target).square().flatten(1).mean(1)).mean()
 
     def _gate_noise(self, rng: SampleRng, context: Tensor) -> GateNoise | None:
         config, blocks = self.unet.config, self.unet.num_blocks
@@ -116,6 +125,18 @@ class DenoisingObjective(nn.Module):
             return blocks[0].edge_logits.new_zeros(())
         space = torch.stack([block.space.balance_loss().mean() for block in blocks]).mean()
         return space + self.unet.time_balance_loss(self.balance_timesteps)
+
+
+def min_snr_weights(alpha_bar: Tensor, gamma: float, prediction: Literal["eps", "v"]) -> Tensor:
+    """Weights (B,) of the square error of samples at alpha_bar (B,), Min-SNR-gamma (arXiv 2303.09556, section 3.4).
+
+    On x_0 the weight is min(SNR, gamma), SNR = alpha_bar / (1 - alpha_bar). The square errors of eps and v are SNR and
+    SNR + 1 times that of x_0, so theirs is divided by it. At SNR = 0 (zero terminal SNR, v) the formula gives 0 and the
+    timestep that sampling begins with would never be learned: it counts 1 there.
+    """
+    snr = alpha_bar / (1 - alpha_bar)
+    weights = snr.clamp(max=gamma) / (snr if prediction == "eps" else snr + 1)
+    return torch.where(alpha_bar == 0, 1.0, weights)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import torch
 from raphael.config import load_config, load_preset
 from raphael.diffusion.denoiser import TextCondition
 from raphael.net.unet import UNet
-from raphael.objectives.denoising import DenoisingObjective, LatentScale
+from raphael.objectives.denoising import DenoisingObjective, LatentScale, min_snr_weights
 from raphael.randomness import SampleRng
 from raphael.records import EDGES, MOMENTS, TOKEN_IDS
 
@@ -149,3 +149,58 @@ def test_the_posterior_mean_can_be_learnt_instead_of_a_draw():
     records = batch([3])
     goal(records, rng([3]))
     torch.testing.assert_close(seen[0], (records[MOMENTS][:, :4] - 0.1) * 2.0)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_min_snr_weights_are_the_papers_closed_form(prediction):
+    """arXiv 2303.09556: min(SNR, gamma) on x_0, over SNR for eps, over SNR + 1 for v."""
+    snr = torch.tensor([1e-4, 0.5, 4.9, 5.0, 5.1, 1000.0], dtype=torch.float64)
+    expected = [1, 1, 1, 1, 5 / 5.1, 0.005]
+    if prediction == "v":
+        expected = [1e-4 / 1.0001, 0.5 / 1.5, 4.9 / 5.9, 5 / 6, 5 / 6.1, 5 / 1001]
+    weights = min_snr_weights(snr / (1 + snr), 5.0, prediction)
+    torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_min_snr_weights_make_the_losses_of_eps_and_of_v_one_loss_of_x0():
+    """The same error of x_0, told as eps and as v, weighs min(SNR, gamma) times its square."""
+    alpha_bar = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
+    error, snr = 0.3, alpha_bar / (1 - alpha_bar)
+    signal, spread = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    of_eps = -signal / spread * error
+    of_v = signal * of_eps - spread * error
+    expected = snr.clamp(max=5) * error**2
+    torch.testing.assert_close(min_snr_weights(alpha_bar, 5.0, "eps") * of_eps**2, expected)
+    torch.testing.assert_close(min_snr_weights(alpha_bar, 5.0, "v") * of_v**2, expected)
+
+
+def test_where_no_signal_is_left_a_sample_still_counts():
+    assert min_snr_weights(torch.zeros(1, dtype=torch.float64), 5.0, "v") == 1
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_min_snr_weighs_each_sample_of_the_denoising_loss_and_leaves_the_others(prediction):
+    indices = range(12)
+    goal, plain = objective(prediction, min_snr_gamma=5.0), objective(prediction)
+    weighted, unweighted = goal(batch(indices), rng(indices)), plain(batch(indices), rng(indices))
+    t = (rng(indices).uniform("timestep") * 1000).long()
+    weights = min_snr_weights(goal.schedule.alpha_bar[t], 5.0, prediction).float()
+    alone = torch.stack([plain(batch([i]), rng([i]))["denoise"] for i in indices])
+    torch.testing.assert_close(weighted["denoise"], (weights * alone).mean(), rtol=1e-4, atol=1e-6)
+    assert torch.equal(weighted["edge"], unweighted["edge"]) and weighted["denoise"] < unweighted["denoise"]
+    everything = objective(prediction, min_snr_gamma=1e9)(batch(indices), rng(indices))["denoise"]
+    if prediction == "eps":  # an endless gamma is no weighting of eps
+        torch.testing.assert_close(everything, unweighted["denoise"])
+
+
+def test_training_at_zero_terminal_snr_is_finite_at_its_last_timestep():
+    goal = objective()
+    diffusion = replace(PRESET.diffusion, zero_terminal_snr=True)
+    goal = DenoisingObjective(
+        goal.unet, encode_text, goal.empty_tokens, diffusion, replace(goal.config, min_snr_gamma=5.0), LatentScale(2.0)
+    )
+    goal.schedule.alpha_bar[:] = 0  # whatever timestep is drawn, nothing of the picture is left
+    losses = goal(batch(range(4)), rng(range(4)))
+    losses["loss"].backward()
+    assert all(torch.isfinite(p.grad).all() for p in goal.unet.parameters() if p.grad is not None)
+    assert losses["denoise"] > 0
