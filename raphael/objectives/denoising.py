@@ -128,7 +128,7 @@ class DenoisingObjective(nn.Module):
 
 
 def min_snr_weights(alpha_bar: Tensor, gamma: float, prediction: Literal["eps", "v"]) -> Tensor:
-    """Weights (B,) of the square error of samples at alpha_bar (B,), Min-SNR-gamma (arXiv 2303.09556, section 3.4).
+    """Weights (B,) of the square error of samples at alpha_bar (B,), Min-SNR-gamma (arXiv 2303.09556).
 
     On x_0 the weight is min(SNR, gamma), SNR = alpha_bar / (1 - alpha_bar). The square errors of eps and v are SNR and
     SNR + 1 times that of x_0, so theirs is divided by it. At SNR = 0 (zero terminal SNR, v) the formula gives 0 and the
