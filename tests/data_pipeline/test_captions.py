@@ -1,6 +1,10 @@
 """Captions lose what describes no picture and nothing else; judged on real LAION captions too."""
 
+import hashlib
+import json
+import random
 import re
+from pathlib import Path
 
 import pytest
 
@@ -19,8 +23,8 @@ EXAMPLES = {
     "a cat, orders: painter1@studio.example": "a cat",
     "a cat (contact sales1@prints.example)": "a cat",
     "Sample Letter from www.doctemplates.net": "Sample Letter",
-    "Buy Shoes Online at johnlewis.com": "Buy Shoes Online",
-    '&quot;a cat&quot;': "a cat",
+    "Buy Shoes Online at johnlewis.com": "Shoes",
+    "&quot;a cat&quot;": "a cat",
     '"""Calm Spirit"" Bangle"': '"Calm Spirit" Bangle',
     "a cat&nbsp;": "a cat",
     "a\tcat\r\n sits": "a cat sits",
@@ -28,7 +32,40 @@ EXAMPLES = {
     "Scorching June for Alabama.jpg": "Scorching June for Alabama",
     "a cat IMG_1234 sits": "a cat sits",
     "#sunset over #paris": "sunset over paris",
-    "photo by @someone_here of a cat": "photo by of a cat",
+    "photo by @someone_here of a cat": "photo of a cat",
+    "'LIKE' @PMOIndia's photo": "'LIKE' photo",
+    "a cat — Stock Photo #12043266": "a cat",
+    "Stock Photo: a cat": "a cat",
+    "a cat Royalty Free Stock Photography": "a cat",
+    "Stock brokers trade": "Stock brokers trade",
+    "this stock photo shows a cat": "this stock photo shows a cat",
+    "Stock Illustration of a cat": "Illustration of a cat",
+    "a cat (Photo by A. Person/Getty Images)": "a cat",
+    "a cat. REUTERS/A. Person": "a cat.",
+    "a cat, 14/05/2016.": "a cat.",
+    "a cat, dated 12.12.1954": "a cat",
+    "a cat 2016-05-14 12:30 sits": "a cat sits",
+    "RePack 1.1.30": "RePack 1.1.30",
+    "a cat, May 18, 2019": "a cat, May 18, 2019",
+    "9780340829752: The Gunslinger": "The Gunslinger",
+    "1000000 cats": "1000000 cats",
+    "Superboy #187": "Superboy #187",
+    "b4c286c3d5 Crossbody Bag": "Crossbody Bag",
+    "a cat (MLS #1906932)": "a cat",
+    "tp-link-powerline-kit": "tp link powerline kit",
+    "Padres_fight_display": "Padres fight display",
+    "the-cat-on-the-mat.jpg": "the cat on the mat",
+    "<Snow White> and <b>Rose Red</b>": "Snow White and Rose Red",
+    "Arts&sections and AT&T": "Arts&sections and AT&T",
+    "x <y and so on": "x y and so on",
+    "[url=http://a.example]a cat[/url]": "a cat",
+    "*NEW* hat": "NEW hat",
+    "Girls\\' dress": "Girls' dress",
+    "Believe it ...or not": "Believe it ...or not",
+    "Spf50 Pa+++ beige": "Spf50 Pa+++ beige",
+    "the future of HTTP": "the future of HTTP",
+    "a": None,
+    "猫": "猫",
     "a cat!!!!!": "a cat!",
     "holds his nose...": "holds his nose",
     "schÃ¶n": "schön",
@@ -61,25 +98,83 @@ def laion(shared_data):
     return [text or "" for text in table["TEXT"].to_pylist()]
 
 
+@pytest.fixture(scope="module")
+def coco(shared_data):
+    listed = json.loads((shared_data / "coco" / "captions_val2017.json").read_text())["annotations"]
+    return [item["caption"] for item in listed[:10_000]]
+
+
+def words_of(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", text)
+
+
+def spoilt(text: str, rng: random.Random) -> str:
+    """A caption with what captions suffer from, at random places."""
+    dirt = (
+        "<br />", "&amp;quot;", " http://a.example/x?y=1 ", "me@a.example", "IMG_1234.JPG", "!!!!", "\u200b", "Ã©", "#",
+        "@", " - ", "_", "…", " Stock Photo ", "(c) ", "12/11/2019", "1234567", "<", ">",
+        "\"\"", "\\", "*", "[", "(", "\t",
+    )  # fmt: skip
+    for _ in range(rng.randint(1, 5)):
+        place = rng.randrange(len(text) + 1)
+        text = text[:place] + rng.choice(dirt) + text[place:]
+    return text
+
+
 def test_real_captions_come_out_without_markup_and_addresses(laion):
-    address = re.compile(r"[<>]|https?|www\.\w|\w@\w|[\x00-\x1f]", re.IGNORECASE)
+    address = re.compile(r"[<>]|https?:|www\.\w|\w@\w|[\x00-\x1f]", re.IGNORECASE)
     for text in laion:
         cleaned = clean(text).text
         assert cleaned is None or not address.search(cleaned), (text, cleaned)
-        assert cleaned is None or len(cleaned) <= len(text), (text, cleaned)
 
 
-def test_cleaning_twice_changes_nothing_more(laion):
-    for cleaned in map(clean, laion):
-        assert cleaned.text is None or clean(cleaned.text) == caption_rules.Cleaned(cleaned.text)
+def test_cleaning_is_idempotent_and_never_lengthens_whatever_is_in_the_caption(laion, coco):
+    rng = random.Random(0)
+    for text in laion + [spoilt(text, rng) for text in laion + coco[:2000]]:
+        cleaned = clean(text)
+        if cleaned.text is None:
+            assert cleaned.reasons[-1] in ("only a file name", "no words", "too short"), (text, cleaned)
+        else:
+            assert clean(cleaned.text) == caption_rules.Cleaned(cleaned.text), text
+            assert cleaned.text and len(cleaned.text) <= len(text), text
 
 
-def test_the_short_cut_for_plain_captions_gives_what_the_rules_give(laion, monkeypatch):
-    with_short_cut = [clean(text).text for text in laion]
-    monkeypatch.setattr(caption_rules, "_PLAIN", re.compile(r"(?!)"))
-    assert [clean(text).text for text in laion] == with_short_cut
+def test_the_short_cuts_give_what_the_rules_give(laion, coco, monkeypatch):
+    """Against every rule asked of every caption, several times slower."""
+    rng = random.Random(1)
+    texts = laion + coco[:2000] + [spoilt(text, rng) for text in laion[:1500]]
+    with_short_cuts = [clean(text) for text in texts]
+    always = tuple(caption_rules.Rule(rule.name, rule.apply) for rule in caption_rules.RULES)
+    monkeypatch.setattr(caption_rules, "RULES", always)
+    monkeypatch.setattr(caption_rules, "_is_ordinary", lambda text: False)
+    monkeypatch.setattr(caption_rules, "_SINGLE", frozenset())
+    assert [clean(text) for text in texts] == with_short_cuts
+
+
+def test_clean_captions_keep_every_word(coco):
+    """COCO's captions were written for the pictures; one of 10,000 has a date in it."""
+    lost = [text for text in coco if words_of(clean(text).text or "") != words_of(text)]
+    assert len(lost) <= 1, lost
 
 
 def test_most_real_captions_keep_every_word(laion):
-    words = [(text.split(), (clean(text).text or "").split()) for text in laion]
-    assert sum(before == after for before, after in words) / len(laion) > 0.9
+    kept = [words_of(clean(text).text or "") == words_of(text) for text in laion]
+    assert sum(kept) / len(laion) > 0.88
+
+
+def test_three_hundred_real_captions_become_what_a_reader_says(laion):
+    """caption_labels.json: what a reader took out of rows of the real list, as edits (from, to, put instead); the
+    captions themselves are not ours to store. Half of the rows are the odd ones, half are drawn."""
+    labels = json.loads((Path(__file__).parent / "caption_labels.json").read_text())
+    assert len(labels) == 300
+    wrong = []
+    for row, (digest, edits) in labels.items():
+        text = laion[int(row)]
+        assert hashlib.sha256(text.encode()).hexdigest()[:12] == digest, f"row {row} is another caption"
+        expected = text
+        for start, stop, put in reversed(edits or ()):
+            expected = expected[:start] + put + expected[stop:]
+        got = clean(text).text
+        if got != (None if edits is None else expected):
+            wrong.append((row, text, expected, got))
+    assert not wrong
