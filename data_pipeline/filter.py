@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_pipeline.rules import apply, score_rules
+from data_pipeline.opt_out import OptOut
+from data_pipeline.rules import Rule, apply, score_rules
 from data_pipeline.schema import (
     CAPTION,
     HEIGHT,
@@ -21,6 +22,7 @@ from data_pipeline.schema import (
     SCORES,
     SHA256,
     SHARD,
+    SOURCE_SHA256,
     STATUS,
     SUCCESS,
     URL,
@@ -43,7 +45,8 @@ def run(config: Config, stage: Stage) -> None:
     import pyarrow.parquet as pq
 
     tables = shard_tables(SHARDS)
-    work = stage.workdir(LINKS, tables, repr(config.filter))
+    opt_out = OptOut.read(config.filter.opt_out)
+    work = stage.workdir(LINKS, tables, repr(config.filter), opt_out.fingerprint)
     scores = _Scores(LINKS)
     rules = score_rules(config.filter)
     seen: set[bytes] = set()
@@ -55,7 +58,7 @@ def run(config: Config, stage: Stage) -> None:
         for path in tables:
             table = open_parquet(path).read()
             scored = scores.of(table[ID].to_numpy(), path)
-            alive, successes = _judge(table, scored, rules, seen, dropped)
+            alive, successes = _judge(table, scored, _opt_out_rules(table, opt_out) + rules, seen, dropped)
             total, kept = total + successes, kept + int(alive.sum())
             writer.write_table(_pictures(table, scored, path, alive))
             bar.update(len(table), kept=kept)
@@ -122,6 +125,18 @@ def _judge(table, scored: dict, rules: list, seen: set[bytes], dropped: dict[str
             dropped["duplicate picture"] = dropped.get("duplicate picture", 0) + 1
         seen.add(digest)
     return alive, int(success.sum())
+
+
+def _opt_out_rules(table: pa.Table, opt_out: OptOut) -> list[Rule]:
+    """Marks rows whose picture, as it came or as it is stored, or whose address is on the list."""
+    import numpy as np
+
+    if not opt_out:
+        return []
+    columns = (table[name].to_pylist() for name in (URL, SHA256, SOURCE_SHA256))
+    rows = zip(*columns, strict=True)
+    marks = np.fromiter((opt_out.has_url(url) or opt_out.has_sha256(digests) for url, *digests in rows), bool)
+    return [("opted out", lambda _: marks)]
 
 
 def _pictures(table: pa.Table, scored: dict[str, np.ndarray], path: Path, alive: np.ndarray) -> pa.Table:

@@ -19,6 +19,7 @@ UNSAFE = "unsafe"
 WATERMARK = "watermark"
 AESTHETIC = "aesthetic"
 LANGUAGE = "language"
+MD5 = "md5"
 
 SCORES = (SIMILARITY, UNSAFE, WATERMARK, AESTHETIC)
 LINK_COLUMNS = (ID, URL, CAPTION, WIDTH, HEIGHT, *SCORES)  # links.parquet
@@ -46,6 +47,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     WATERMARK: ("pwatermark", "PWATERMARK", "watermark", "watermark_score"),
     AESTHETIC: ("AESTHETIC_SCORE", "aesthetic_score", "aesthetic_score_laion_v2", "aesthetic_v2"),
     LANGUAGE: ("LANGUAGE", "language", "lang"),
+    MD5: ("md5", "MD5"),  # of the picture; LAION's `hash` is of url and caption
 }
 
 # LAION's V1 scorer (linear, another scale): laion2B-en-aesthetic and its siblings, relaion2B-*-aesthetic.

@@ -1,17 +1,18 @@
 """From a release's metadata to the links worth a request: data/source/metadata.parquet ->
 data/selected/links.parquet.
 
-The rows are streamed in batches. A row is dropped by the first rule that marks it, so the counts by reason are
-exclusive and add up.
+The rows are streamed in batches, and no memory grows with their number (data_pipeline/duplicates.py spills to disk). A
+row is dropped by the first rule that marks it, so the counts by reason are exclusive and add up.
 """
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_pipeline.duplicates import Keep, UrlPartitions
+from data_pipeline.opt_out import OptOut
 from data_pipeline.rules import Rule, apply, score_rules
 from data_pipeline.schema import (
     AESTHETIC,
@@ -20,6 +21,7 @@ from data_pipeline.schema import (
     ID,
     LANGUAGE,
     LINK_COLUMNS,
+    MD5,
     SCORES,
     URL,
     WIDTH,
@@ -51,16 +53,21 @@ def run(config: Config, stage: Stage) -> None:
     except ValueError as error:
         raise StageError(f"{METADATA}: {error}; add the release's spelling to data_pipeline/schema.py") from None
     _refuse_useless_columns(config, columns)
-    work = stage.workdir(METADATA, repr(config.select), repr(config.filter))
-    stream = _Stream(config, columns)
+    opt_out = OptOut.read(config.filter.opt_out)
+    work = stage.workdir(METADATA, repr(config.select), repr(config.filter), opt_out.fingerprint)
+    stream = _Stream(config, columns, opt_out)
+    shutil.rmtree(work / "urls", ignore_errors=True)  # of a killed run
+    partitions = UrlPartitions(work / "urls", file.metadata.num_rows)
     wanted = sorted(set(columns.found.values()), key=file.schema_arrow.names.index)
     writer = pq.ParquetWriter(work / "candidates", link_schema())
     with stage.progress(file.metadata.num_rows, "rows") as bar, writer:
         for batch in file.iter_batches(batch_size=config.select.chunk_rows, columns=wanted):
-            writer.write_table(stream.judge(batch))
+            links = stream.judge(batch)
+            partitions.add(links)
+            writer.write_table(links)
             bar.update(len(batch), kept=stream.kept)
     _refuse_useless_scores(config, columns, stream)
-    kept = _without_duplicates(work / "candidates", work / "links.parquet", stream)
+    kept = _without_duplicates(work / "candidates", work / "links.parquet", partitions, stream)
     if not kept:
         raise StageError(f"no row of {stream.total:,} is left ({stream.dropped}); loosen select in {config.file}")
     stage.publish(work / "links.parquet", LINKS)
@@ -74,6 +81,7 @@ def run(config: Config, stage: Stage) -> None:
         missing_columns=list(columns.missing),
         score_ranges=score_ranges,
         null_scores=stream.nulls,
+        opt_out=opt_out.summary(),
     )
 
 
@@ -99,10 +107,11 @@ def link_schema() -> pa.Schema:
 
 
 class _Stream:
-    """What is carried from batch to batch: counts, ranges of scores, a 64-bit hash of each kept url (8 bytes a row)."""
+    """What is carried from batch to batch: counts and ranges of scores."""
 
-    def __init__(self, config: Config, columns: Columns):
+    def __init__(self, config: Config, columns: Columns, opt_out: OptOut):
         self.config = config
+        self.opt_out = opt_out
         self.columns = columns
         self.total = 0
         self.kept = 0
@@ -110,7 +119,6 @@ class _Stream:
         self.low: dict[str, float] = {}
         self.high: dict[str, float] = {}
         self.nulls = dict.fromkeys(SCORES, 0)
-        self.hashes: list[np.ndarray] = []
 
     def judge(self, batch: pa.RecordBatch) -> pa.Table:
         """The batch's surviving rows as links."""
@@ -118,7 +126,7 @@ class _Stream:
         import pyarrow as pa
 
         rows = len(batch)
-        texts = {part: self._text(batch, part) for part in (URL, CAPTION, LANGUAGE)}
+        texts = {part: self._text(batch, part) for part in (URL, CAPTION, LANGUAGE, MD5)}
         numbers = {part: self._number(batch, part) for part in (WIDTH, HEIGHT, *SCORES)}
         self._observe(numbers)
         rules = self._link_rules(texts)
@@ -134,8 +142,6 @@ class _Stream:
         self.total += rows
         self.kept += int(alive.sum())
         table = pa.table([arrays[name] for name in LINK_COLUMNS], names=list(LINK_COLUMNS)).filter(pa.array(alive))
-        digests = b"".join(hashlib.blake2b(url.encode(), digest_size=8).digest() for url in table[URL].to_pylist())
-        self.hashes.append(np.frombuffer(digests, np.uint64))
         return table.cast(link_schema(), safe=False)
 
     def _text(self, batch: pa.RecordBatch, part: str) -> pa.Array:
@@ -201,29 +207,30 @@ class _Stream:
 
             spoken = pc.is_in(texts[LANGUAGE], value_set=pa.array(select.languages, pa.string()))
             rules.append(rule("other language", pc.invert(spoken)))
+        if self.opt_out:
+            marks = self.opt_out.marks(texts[URL].to_pylist(), texts[MD5].to_pylist())
+            rules.append(("opted out", lambda _: marks))
         return rules
 
 
-def _without_duplicates(candidates: Path, out: Path, stream: _Stream) -> int:
+def _without_duplicates(candidates: Path, out: Path, partitions: UrlPartitions, stream: _Stream) -> int:
     """Keep the first row of each url among those that passed everything else (a duplicate of a dropped row is none).
 
-    Compared by 64-bit hashes: among 100 million links one false match is expected in 3,700 runs. Returns the rows kept.
+    Returns the rows kept.
     """
-    import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    hashes = np.concatenate(stream.hashes) if stream.hashes else np.empty(0, np.uint64)
-    keep = np.zeros(len(hashes), bool)
-    keep[np.unique(hashes, return_index=True)[1]] = True  # the index of the first of each
-    stream.dropped["duplicate url"] = int((~keep).sum())
-    start = 0
+    drop, counts = partitions.drop()
+    stream.dropped |= counts
+    file, rows = pq.ParquetFile(candidates), stream.config.select.chunk_rows
+    kept, masks = 0, Keep(drop)
     with pq.ParquetWriter(out, link_schema(), compression="zstd") as writer:
-        for batch in pq.ParquetFile(candidates).iter_batches(batch_size=stream.config.select.chunk_rows):
-            table = pa.Table.from_batches([batch])
-            writer.write_table(table.filter(pa.array(keep[start : start + len(batch)])))
-            start += len(batch)
-    return int(keep.sum())
+        for batch in file.iter_batches(batch_size=rows):
+            keep = masks.next(len(batch))
+            writer.write_table(pa.Table.from_batches([batch]).filter(pa.array(keep)))
+            kept += int(keep.sum())
+    return kept
 
 
 def _refuse_useless_columns(config: Config, columns: Columns) -> None:

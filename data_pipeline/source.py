@@ -1,8 +1,8 @@
 """Stage `source`: where the link list comes from.
 
 scenes: draws the embedded corpus and publishes it (data_pipeline/publish.py). coco, folder: local photographs and
-their captions, published in place by the loopback server. csv, parquet: a list of links, any LAION release. All leave
-data/source/ with metadata.parquet (LAION's columns) and prompts.json (held-out prompts, never among the rows).
+their captions, published in place by the loopback server. csv, jsonl, parquet: a list of links, any LAION release. All
+leave data/source/ with metadata.parquet (LAION's columns) and prompts.json (held-out prompts, never among the rows).
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Link lists from files, CSV or parquet: any LAION release, in any spelling of its columns (data_pipeline/schema.py).
+"""Link lists from files, CSV, JSON lines or parquet: any LAION release, in any spelling of its columns
+(data_pipeline/schema.py).
 
 The list is streamed into one metadata.parquet, columns and rows as they are; only rows whose caption is one of the
 held-out prompts (the list's last captions, at most a tenth of it) are left out.
@@ -91,7 +92,7 @@ def _batches(kind: str, files: list[Path], limit: int) -> Iterator[tuple[Path, o
     left = limit or None
     for file in files:
         try:
-            for batch in (_parquet if kind == "parquet" else _csv)(file):
+            for batch in {"parquet": _parquet, "csv": _csv, "jsonl": _jsonl}[kind](file):
                 caption = schema.find_columns(batch.schema.names)[schema.CAPTION]
                 batch = batch if left is None else batch.slice(0, left)
                 if len(batch):
@@ -109,6 +110,23 @@ def _parquet(file: Path) -> Iterator[object]:
 
     with pq.ParquetFile(file) as reader:
         yield from reader.iter_batches(BATCH_ROWS)
+
+
+def _jsonl(file: Path) -> Iterator[object]:
+    """One object a line; the keys of the first are the columns, and every value stays a text or a number as it is."""
+    import itertools
+    import json
+
+    import pyarrow as pa
+
+    target = None
+    with open(file, encoding="utf-8-sig") as lines:
+        rows = (json.loads(line) for line in lines if line.strip())  # JSONDecodeError is a ValueError
+        while batch := list(itertools.islice(rows, BATCH_ROWS)):
+            if not all(isinstance(row, dict) for row in batch):
+                raise ValueError("got a line that is no JSON object, expected one object a line")
+            yield pa.RecordBatch.from_pylist(batch, target)
+            target = target or pa.RecordBatch.from_pylist(batch).schema
 
 
 def _csv(file: Path) -> Iterator[object]:

@@ -43,8 +43,8 @@ class ScenesConfig:
 class SourceConfig:
     """Where link lists come from. coco, folder: local pictures, served to the downloader like any others."""
 
-    kind: Literal["scenes", "coco", "folder", "csv", "parquet"]
-    path: str  # coco: folder of captions_*.json and pictures; folder; csv, parquet: a file or a glob
+    kind: Literal["scenes", "coco", "folder", "csv", "jsonl", "parquet"]
+    path: str  # coco: folder of captions_*.json and pictures; folder; csv, jsonl, parquet: a file or a glob
     fingerprint: str  # of what lies at `path`, so that a changed folder is a changed input; "" where not used
     max_rows: NonNegative  # 0: all
     max_heldout_prompts: Count  # for sources other than scenes
@@ -95,6 +95,7 @@ class FilterConfig:
     min_side_px: NonNegative
     max_aspect_ratio: Annotated[float, Range(1)]
     missing_score: Literal["drop", "keep"]  # a null score is no evidence
+    opt_out: str  # a text file of urls, domains and hashes that are left out (data_pipeline/opt_out.py); "": none
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,13 @@ def test_the_size_of_the_shards_changes_only_the_shards_names(workspace):
     assert report == again and first.drop(["shard"]).equals(second.drop(["shard"]))
 
 
+def test_pictures_whose_owners_said_no_are_dropped_by_hash_and_address(workspace, tmp_path):
+    digest = hashlib.sha256(b"twin").hexdigest()
+    (tmp_path / "no.txt").write_text(f"sha256:{digest}\nhttp://a.example/0\n")
+    pictures, report = workspace([{}, {}, {"bytes": "twin"}], opt_out=str(tmp_path / "no.txt"))
+    assert report["dropped"] == {"opted out": 2} and pictures["id"].to_pylist() == [3]
+
+
 def test_null_scores_are_kept_where_the_policy_says_so(workspace):
     pictures, report = workspace(ROWS, missing_score="keep")
     assert not any(reason.startswith("no ") for reason in report["dropped"])
@@ -149,4 +156,3 @@ def test_shards_of_another_list_and_missing_shards_are_one_clear_line(workspace,
         filter_stage.shard_tables(filter_stage.SHARDS)
     with pytest.raises(StageError, match="no shard; run the stage download"):
         filter_stage.shard_tables(tmp_path / "absent")
-

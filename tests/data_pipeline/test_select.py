@@ -62,7 +62,7 @@ def test_each_reason_takes_its_rows_and_the_counts_add_up(workspace):
     assert links.schema.names == list(schema.LINK_COLUMNS)
     last = links.to_pylist()[-1]
     assert last["width"] is None and last["similarity"] is None and last["aesthetic"] == 5.5
-    assert report["missing_columns"] == ["language"]
+    assert report["missing_columns"] == ["language", "md5"]
     assert report["score_ranges"]["aesthetic"] == [4.0, 5.5] and report["null_scores"]["similarity"] == 1
 
 
@@ -86,6 +86,31 @@ def test_score_rules_are_asked_only_where_wanted_and_a_duplicate_of_a_dropped_ro
     }  # fmt: skip
     assert links[schema.ID].to_pylist() == [8, 9]
     assert workspace(listed)[1]["dropped"] == {"duplicate url": 1}
+
+
+def test_captions_that_share_a_picture_are_counted_by_their_own_reason(workspace):
+    """COCO's five captions of a picture: the first is kept, and the others are no silent duplicates."""
+    shared = [{"URL": "http://a.example/same", "TEXT": text} for text in ("a cat", "one cat", "a cat", "the cat")]
+    links, report = workspace(rows(*shared))
+    assert report["dropped"] == {"duplicate url": 1, "another caption of a kept url": 2}
+    assert links["caption"].to_pylist()[1:] == ["a cat"]
+
+
+def test_owners_who_said_no_are_left_out_before_any_request(workspace, tmp_path):
+    (tmp_path / "no.txt").write_text("b.example\nmd5:" + "0a" * 16 + "\n")
+    listed = rows({"URL": "https://img.b.example/1"}, {}, {})
+    for number, row in enumerate(listed):
+        row["md5"] = "0A" * 16 if number == 2 else None
+    links, report = workspace(listed, filter={"opt_out": str(tmp_path / "no.txt")})
+    assert report["dropped"] == {"opted out": 2} and links["id"].to_pylist() == [0, 3]
+    assert report["opt_out"] == {"urls": 0, "domains": 1, "md5": 1, "sha256": 0}
+
+
+def test_numbers_written_as_texts_are_numbers(workspace):
+    """COYO's preview rows come as JSON with every value a text."""
+    texts = [{name: str(value) for name, value in row.items()} for row in rows({})]
+    links, _ = workspace(texts)
+    assert links["width"].to_pylist() == [640, 640] and links["aesthetic"].to_pylist() == [4.0, 5.5]
 
 
 def test_languages_are_chosen_by_the_lists_own_column(workspace):

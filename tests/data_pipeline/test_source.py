@@ -278,3 +278,18 @@ def test_what_is_wrong_with_a_path_is_said_in_one_line_and_nothing_is_left(proje
         run(config, tmp_path / "ws")
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "ws/data").exists() and not (tmp_path / "ws/reports").exists()
+
+
+def test_json_lines_are_a_list_like_any_other(tmp_path, project, shared_data):
+    """COYO's preview: other column names, every value a text."""
+    file = shared_data / "laion" / "coyo_preview_rows.jsonl"
+    config = settings(project, kind="jsonl", path=str(file))
+    report = run(config, tmp_path / "w")
+    assert report["total"] == 7 == report["kept"] + report["dropped"].get("held out for evaluation", 0)
+    assert rows_of(tmp_path / "w")[0]["url"].startswith("https://")
+
+
+def test_a_line_that_is_no_json_object_is_one_clear_line(tmp_path, project):
+    (tmp_path / "list.jsonl").write_text('{"url": "http://a.example/1", "text": "a cat"}\n[1]\n')
+    with pytest.raises(StageError, match="list.jsonl: got a line that is no JSON object"):
+        run(settings(project, kind="jsonl", path=str(tmp_path / "list.jsonl")), tmp_path / "w")
