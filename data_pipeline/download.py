@@ -85,6 +85,7 @@ def _door(config: DownloadConfig, site: Path | None) -> Iterator[Gateway]:
             deadline_s=config.deadline_s,
             max_bytes=config.max_bytes,
             max_pixels=config.max_pixels,
+            max_decoded_bytes=config.max_decoded_bytes,
             retries=config.retries,
             per_host=config.per_host,
             user_agent=config.user_agent,

@@ -26,7 +26,7 @@ import ssl
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -37,6 +37,7 @@ REFUSED_STATUS = 502
 PIECE_BYTES = 1 << 16
 SLOT_WAIT_S = 60.0
 REDIRECTS = (301, 302, 303, 307, 308)
+OPT_OUTS = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})  # none: noindex, nofollow
 _BUSY = {f"http {status}" for status in (429, 500, 502, 503, 504)}
 _MAY_PASS = _BUSY | {"timeout", "no connection", "name not found", "truncated"}
 
@@ -49,6 +50,7 @@ class Policy:
     deadline_s: float = 30.0  # one attempt as a whole, redirects included
     max_bytes: int = 20_000_000
     max_pixels: int = 50_000_000
+    max_decoded_bytes: int = 200_000_000  # pixels times channels times depth: 16-bit RGBA is 8 bytes a pixel
     max_redirects: int = 5
     retries: int = 1  # only after failures that may pass: no connection, silence, a busy server
     per_host: int = 8  # connections at a time
@@ -90,6 +92,18 @@ def fetch(url: str, policy: Policy | None = None) -> Fetched | Refused:
         if reason not in _MAY_PASS:
             break
     return Refused(reason)
+
+
+def opted_out(values: Iterable[str], user_agent: str) -> bool:
+    """Whether X-Robots-Tag values forbid the use: `noai`, or `name: noai` where the name is ours. Directives for
+    another robot (`googlebot: noindex`) stay within their value."""
+    for value in values:
+        name, colon, rest = value.lower().rpartition(":")
+        if colon and name.strip() not in ("", "*", user_agent.lower().split("/")[0]):
+            continue
+        if OPT_OUTS & {directive.strip() for directive in rest.split(",")}:
+            return True
+    return False
 
 
 class HostSlots:
@@ -197,6 +211,8 @@ class _Attempt:
 
     def _judge(self, response: http.client.HTTPResponse) -> Fetched | str:
         self.robots += response.headers.get_all("X-Robots-Tag", [])
+        if opted_out(self.robots, self.policy.user_agent):
+            raise Refusal("opted out by X-Robots-Tag")
         if response.status in REDIRECTS and response.headers.get("Location"):
             return response.headers["Location"].encode("latin-1", "replace").decode("utf-8", "replace").strip()
         if response.status != 200:
@@ -238,6 +254,8 @@ class _Attempt:
             raise Refusal("not a picture") from None
         if header and header.width_px * header.height_px > self.policy.max_pixels:
             raise Refusal("too many pixels")
+        if header and header.decoded_bytes > self.policy.max_decoded_bytes:
+            raise Refusal("too many decoded bytes")
         return header
 
     def _left_s(self) -> float:

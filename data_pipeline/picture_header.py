@@ -20,6 +20,11 @@ class Header:
     width_px: int
     height_px: int
     offset: int  # where the size stands: a picture's end lies behind it
+    pixel_bytes: int = 4  # of one decoded pixel: channels times bytes of a channel
+
+    @property
+    def decoded_bytes(self) -> int:
+        return self.width_px * self.height_px * self.pixel_bytes
 
 
 def read_header(data: bytes) -> Header | None:
@@ -66,7 +71,8 @@ def _jpeg(data: bytes) -> Header | None:
         marker = data[position + 1]
         if marker in _FRAMES:
             height, width = data[position + 5 : position + 7], data[position + 7 : position + 9]
-            return Header("jpeg", int.from_bytes(width, "big"), int.from_bytes(height, "big"), position)
+            channels = data[position + 9] if position + 9 < len(data) else 4
+            return Header("jpeg", int.from_bytes(width, "big"), int.from_bytes(height, "big"), position, channels)
         if marker == 0x01 or 0xD0 <= marker <= 0xD8:
             position += 2
             continue
@@ -80,7 +86,11 @@ def _png(data: bytes) -> Header | None:
         return None
     if data[12:16] != b"IHDR":
         raise NotAPicture("PNG without IHDR")
-    return Header("png", int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big"), 16)
+    channels = {0: 1, 2: 3, 3: 4, 4: 2, 6: 4}.get(data[25])  # 3: a palette, which may hold transparency
+    if channels is None or data[24] not in (1, 2, 4, 8, 16):
+        raise NotAPicture("PNG of an unknown colour type or depth")
+    width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    return Header("png", width, height, 16, channels * (2 if data[24] == 16 else 1))
 
 
 def _webp(data: bytes) -> Header | None:

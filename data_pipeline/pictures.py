@@ -106,6 +106,16 @@ def fit(image: Image.Image, height: int, width: int) -> np.ndarray:
     return np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC, box=box))
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """The picture as its EXIF orientation says that it is looked at. Broken EXIF says nothing."""
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(image)
+    except (ValueError, KeyError, TypeError, ZeroDivisionError):
+        return image
+
+
 def heldout(keys: list[str]) -> np.ndarray:
     """Bool (n,): the one in 50 keys (at least two) whose hashes are smallest; never trained on, by either encoder.
 
@@ -181,7 +191,7 @@ class _Shard:
             raise StageError(f"{self.path}: no picture {key} in it, which captions.parquet names; {again}")
         try:
             picture = Image.open(io.BytesIO(self.tar.extractfile(member).read()), formats=FORMATS)
-            return picture.convert("RGB")
+            return upright(picture).convert("RGB")
         except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
             detail = " ".join(str(error).split())[:120]
             raise StageError(f"{self.path}: picture {key} cannot be decoded ({detail}); {again}") from None

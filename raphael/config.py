@@ -77,6 +77,7 @@ class DownloadConfig:
     deadline_s: Positive  # the whole answer
     max_bytes: Count
     max_pixels: Count
+    max_decoded_bytes: Count  # width x height x channels x depth, from the picture's header
     per_host: Count  # connections to one host at a time
     stall_s: Positive  # no shard finished and no row moved for so long: the downloader is restarted
     user_agent: str

@@ -30,9 +30,9 @@ def picture(kind: str, size=(30, 20)) -> bytes:
     return stream.getvalue()
 
 
-def bomb(side: int) -> bytes:
-    """A PNG's header that promises side x side pixels."""
-    ihdr = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 6, 0, 0, 0)
+def bomb(side: int, depth: int = 8) -> bytes:
+    """A PNG's header that promises side x side RGBA pixels of so many bits a channel."""
+    ihdr = b"IHDR" + struct.pack(">IIBBBBB", side, side, depth, 6, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + ihdr + struct.pack(">I", zlib.crc32(ihdr)) + b"\0" * 64
 
 
@@ -223,6 +223,9 @@ BAD_ANSWERS = {
     "truncated, webp": answer(picture("webp")[:-8]),
     "truncated, gif": answer(picture("gif")[:-4]),
     "too many pixels": answer(bomb(8000)),
+    "too many decoded bytes": answer(bomb(900, 16)),
+    "opted out by X-Robots-Tag": answer(picture("png"), "200 OK", "X-Robots-Tag: NoImageAI, nofollow"),
+    "opted out by X-Robots-Tag, us": answer(picture("png"), "200 OK", "X-Robots-Tag: raphael-open: noindex"),
     "too many bytes": answer(b"", length=10**9),
     "too many bytes, endless": endless,
     "compressed answer": answer(zlib.compress(b"\0" * 10**6), "200 OK", "Content-Encoding: gzip"),
@@ -244,7 +247,7 @@ def test_a_bad_answer_is_refused_with_its_reason(name, monkeypatch):
             policy = Policy(resolver=Resolver(lambda *_: ["93.184.215.14"]), **QUICK)
             outcome = fetch("http://bouncing.example/x", policy)
     else:
-        outcome = ask(BAD_ANSWERS[name], max_bytes=1_000_000, max_pixels=10**6)
+        outcome = ask(BAD_ANSWERS[name], max_bytes=1_000_000, max_pixels=10**6, max_decoded_bytes=6 * 10**6)
     assert isinstance(outcome, Refused) and outcome.reason == name.split(",")[0]
     assert time.monotonic() - started_s < 10  # no hang
 
@@ -289,6 +292,15 @@ def test_a_url_is_taken_apart_as_a_browser_would():
         parse("http://0x7f.1/")
 
 
+@pytest.mark.parametrize(
+    "value", ["all", "googlebot: noindex", "max-snippet: 5", "otherbot: noai, noindex", "", "nofollow"]
+)
+def test_what_is_said_to_others_or_about_other_things_is_no_opt_out(value):
+    assert not gateway.opted_out([value], "raphael-open")
+    assert isinstance(ask(answer(picture("png"), "200 OK", f"X-Robots-Tag: {value}")), Fetched)
+    assert gateway.opted_out([value, "noai"], "raphael-open")
+
+
 def test_headers_are_read_at_every_length_without_error():
     for kind in ("jpeg", "png", "webp", "gif"):
         body = picture(kind, (70, 50))
@@ -310,8 +322,8 @@ def test_the_gateway_serves_what_it_signed_and_says_why_not(running):
     door, _ = running
     with urllib.request.urlopen(door.sign(5, f"http://{HOST}/x")) as response:
         assert response.read() == picture("png")
-    with urllib.request.urlopen(door.sign(5, f"http://{HOST}/robots")) as response:
-        assert response.headers.get_all("X-Robots-Tag") == ["noai"]
+    with pytest.raises(urllib.error.HTTPError, match="HTTP Error 502: opted out by X-Robots-Tag"):
+        urllib.request.urlopen(door.sign(5, f"http://{HOST}/robots"))
     with pytest.raises(urllib.error.HTTPError, match="HTTP Error 502: http 404"):
         urllib.request.urlopen(door.sign(6, f"http://{HOST}/gone"))
     with pytest.raises(urllib.error.HTTPError, match="HTTP Error 502: private address"):

@@ -1,3 +1,4 @@
+import io
 import tarfile
 
 import numpy as np
@@ -112,3 +113,27 @@ def test_collecting_twice_reads_the_shards_once(workspace):
     batch = data.batch(np.array([3, 0]))
     assert batch["number"].tolist() == [train[3], train[0]]
     assert np.array_equal(batch["image"][1], again.images[train[0]])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_as_their_exif_says(workspace, orientation):
+    """The truth: the camera's transpositions, one by one."""
+    T = Image.Transpose
+    turns = [
+        None,
+        T.FLIP_LEFT_RIGHT,
+        T.ROTATE_180,
+        T.FLIP_TOP_BOTTOM,
+        T.TRANSPOSE,
+        T.ROTATE_270,
+        T.TRANSVERSE,
+        T.ROTATE_90,
+    ]
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8))
+    expected = picture if turns[orientation - 1] is None else picture.transpose(turns[orientation - 1])
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture.save(buffer, "PNG", exif=exif)
+    replace_member(workspace / "data/shards/00000.tar", "000000002", buffer.getvalue())
+    assert np.array_equal(np.asarray(read(workspace)[2][2]), np.asarray(expected))

@@ -4,7 +4,7 @@ The list is made up: LAION's columns, one url in 20 a repetition, random scores.
 length, scores, size, shape), drop later rows of a url and write url, caption and numbers to a new parquet. Each runs in
 a process of its own, one after the other; its memory is the process's peak. pandas reads the whole list, as scripts do.
 
-    python benchmarks/select.py [--rows 1000000] [--quick]
+    python benchmarks/select_rows.py [--rows 1000000] [--quick]
 """
 
 from __future__ import annotations
