@@ -2,7 +2,7 @@
 
 The peer is written in the manner of diffusers' DeepFloyd `_clean_caption` (url, tag, handle, id, file name, dash, quote
 and product-code expressions, then ftfy and entities), without BeautifulSoup, which diffusers needs for it and the lock
-does not hold: the peer is thus a little faster than diffusers' own. Both run over the same captions, by turns.
+does not hold: diffusers' own is not what is measured here. Both run over the same captions, by turns.
 
     python benchmarks/captions.py [--captions FILE.parquet --column TEXT] [--quick]
 """

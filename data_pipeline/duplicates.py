@@ -1,8 +1,9 @@
-"""Rows whose link came before: exact, and in bounded memory however many rows there are.
+"""Rows whose link came before: exact, by spilling to disk.
 
 Every row goes to one of so many partitions on disk by a hash of its url, so that equal urls meet in one partition, and
 each partition is compared by itself, by the urls themselves: a hash decides where, never whether. What is dropped is
-written as sorted row numbers, one file a partition, and merged while the rows are read again.
+written as sorted row numbers, one file a partition, and merged while the rows are read again. Memory is that of one partition: constant up to 256 million rows (512
+partitions of 500,000), beyond that a 512th of the urls.
 
 One url may stand in a list with several captions (COCO gives five to a picture; LAION has re-used pictures). The first
 row of a url is kept. A later row with the same caption is a "duplicate url"; one with another caption is counted as
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 DUPLICATE, OTHER_CAPTION = "duplicate url", "another caption of a kept url"
-ROWS_A_PARTITION = 500_000  # about 100 MB of urls
+ROWS_A_PARTITION = 500_000
 MAX_PARTITIONS = 512  # files open at a time
 READ_AHEAD = 8192  # row numbers of each partition in memory while merging
 
