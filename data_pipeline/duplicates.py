@@ -1,9 +1,9 @@
 """Rows whose link came before: exact, by spilling to disk.
 
-Every row goes to one of so many partitions on disk by a hash of its url, so that equal urls meet in one partition, and
-each partition is compared by itself, by the urls themselves: a hash decides where, never whether. What is dropped is
-written as sorted row numbers, one file a partition, and merged while the rows are read again. Memory is that of one partition: constant up to 256 million rows (512
-partitions of 500,000), beyond that a 512th of the urls.
+Every row goes to one of so many partitions on disk by a hash of its url, so that equal urls meet in one partition,
+and each partition is compared by itself, by the urls themselves: a hash decides where, never whether. What is dropped
+is written as sorted row numbers, one file a partition, and merged while the rows are read again. Memory is that of
+one partition: constant up to 256 million rows (512 partitions of 500,000), beyond that a 512th of the urls.
 
 One url may stand in a list with several captions (COCO gives five to a picture; LAION has re-used pictures). The first
 row of a url is kept. A later row with the same caption is a "duplicate url"; one with another caption is counted as

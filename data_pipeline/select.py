@@ -1,7 +1,8 @@
 """From a release's metadata to the links worth a request: data/source/metadata.parquet ->
 data/selected/links.parquet.
 
-The rows are streamed in batches; the search for duplicates spills to disk (data_pipeline/duplicates.py). A row is dropped by the first rule that marks it, so the counts by reason are exclusive and add up.
+The rows are streamed in batches; the search for duplicates spills to disk (data_pipeline/duplicates.py). A row is
+dropped by the first rule that marks it, so the counts by reason are exclusive and add up.
 """
 
 from __future__ import annotations
