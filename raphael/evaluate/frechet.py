@@ -3,58 +3,103 @@
     d^2 = |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)        (Heusel et al. 2017, arXiv 1706.08500, eq. 6)
 
 The trace term is the nuclear norm of A1 A2^T for any A with S = A^T A: the singular values of A1 A2^T are the square
-roots of the eigenvalues of S1 S2. With at least as many samples as dimensions the eigenvalues of the symmetric F S2 F,
-F = S1^(1/2), give it; with fewer, the singular values of the small matrix Y X^T of centred features do, without forming
+roots of the eigenvalues of S1 S2. With more samples than dimensions the eigenvalues of the symmetric F^T S2 F,
+S1 = F F^T, give it; with fewer, the singular values of the small matrix Y X^T of centred features do, without forming
 a covariance whose zero eigenvalues would come out as +-1e-13 and their roots as 3e-7 each.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
 import numpy as np
+
+BLOCK_ROWS = 1000  # rows that are summed in one product; blocks merge in their order, whoever computed them
+
+
+@dataclass(frozen=True)
+class Block:
+    """Sums over rows index * BLOCK_ROWS ... of a set: count, mean (D,), scatter (D, D) = sum (x - mean)(x - mean)^T."""
+
+    index: int
+    count: int
+    mean: np.ndarray
+    scatter: np.ndarray
 
 
 class Features:
     """Streaming float64 mean and covariance of features; `update` takes (n, D) arrays in any number of calls.
 
-    Batches merge by Chan's update, so that a large mean does not cancel the digits of the covariance. Up to
-    `keep_rows` rows are kept beside it: fewer samples than dimensions are compared by their singular values.
+    Rows are summed in blocks of BLOCK_ROWS that merge in their order (Chan et al. 1979, so that a large mean does not
+    cancel the digits). The blocks depend on a row's place alone: the number is the same to the last bit whatever the
+    sizes of the pieces, and however many workers computed blocks (`block_of`, `from_blocks`).
+    Up to `keep_rows` rows are kept beside it: fewer samples than dimensions are compared by their singular values.
     """
 
     def __init__(self, dim: int, keep_rows: int | None = None):
         self.dim = dim
-        self.count = 0
-        self.mean = np.zeros(dim)
-        self.scatter = np.zeros((dim, dim))  # sum over rows of (x - mean)(x - mean)^T
+        self.count = 0  # rows taken, those that wait for their block to fill included
         self.keep_rows = dim if keep_rows is None else keep_rows
         self.rows: list[np.ndarray] | None = []
+        self._merged = Block(-1, 0, np.zeros(dim), np.zeros((dim, dim)))
+        self._waiting: list[np.ndarray] = []
+        self._total: Block | None = None
+
+    @classmethod
+    def from_blocks(cls, dim: int, blocks: Iterable[Block]) -> Features:
+        """From blocks in order of index, e.g. of several workers. Raises ValueError for one out of order or missing."""
+        features = cls(dim, keep_rows=0)
+        features.rows = None
+        for block in blocks:
+            if block.index != features._merged.index + 1 or features._merged.count % BLOCK_ROWS:
+                raise ValueError(
+                    f"got block {block.index} after {features._merged.index}, expected every block in order"
+                )
+            features._merge(block)
+        features.count = features._merged.count
+        return features
 
     def update(self, features: np.ndarray) -> Features:
         """Add (n, dim) features. Raises ValueError for another shape, NaN or infinity."""
-        batch = np.asarray(features, dtype=np.float64)
-        if batch.ndim != 2 or batch.shape[1] != self.dim:
-            raise ValueError(f"features: got shape {batch.shape}, expected (n, {self.dim})")
-        if not np.isfinite(batch).all():
-            bad = int((~np.isfinite(batch).all(axis=1)).sum())
-            raise ValueError(f"features: got NaN or infinity in {bad} of {len(batch)} rows, expected finite numbers")
-        if not len(batch):
-            return self
-        batch_mean = batch.mean(axis=0)
-        centred = batch - batch_mean
-        total = self.count + len(batch)
-        step = batch_mean - self.mean
-        self.scatter += centred.T @ centred + np.outer(step, step) * (self.count * len(batch) / total)
-        self.mean = self.mean + step * (len(batch) / total)
-        self.count = total
+        batch = checked_rows(features, self.dim)
+        self.count += len(batch)
+        self._total = None
         if self.rows is not None:
-            self.rows = self.rows + [batch] if total <= self.keep_rows else None
+            self.rows = self.rows + [batch.copy()] if self.count <= self.keep_rows else None
+        while len(batch):
+            room = BLOCK_ROWS - sum(map(len, self._waiting))
+            self._waiting.append(batch[:room].copy())
+            batch = batch[room:]
+            if sum(map(len, self._waiting)) == BLOCK_ROWS:
+                self._merge(block_of(np.concatenate(self._waiting), self._merged.index + 1))
+                self._waiting = []
         return self
+
+    def _merge(self, block: Block) -> None:
+        self._merged = merge(self._merged, block)
+
+    @property
+    def total(self) -> Block:
+        """Everything taken so far, the block that is not full included."""
+        if self._total is None:
+            self._total = self._merged
+            if self._waiting:
+                last = block_of(np.concatenate(self._waiting), self._merged.index + 1)
+                self._total = merge(self._merged, last)
+        return self._total
+
+    @property
+    def mean(self) -> np.ndarray:
+        return self.total.mean
 
     @property
     def covariance(self) -> np.ndarray:
         """(dim, dim), divisor n - 1 as in every public implementation. Raises ValueError below two samples."""
         if self.count < 2:
             raise ValueError(f"got {self.count} samples, expected at least 2 for a covariance")
-        return self.scatter / (self.count - 1)
+        return self.total.scatter / (self.count - 1)
 
     def centred_factor(self) -> np.ndarray | None:
         """A (n, dim) with covariance = A^T A, where the rows were kept; None otherwise."""
@@ -64,20 +109,53 @@ class Features:
 
     def distance(self, other: Features) -> float:
         """The squared Frechet distance (what FID reports). Raises ValueError for other dims or too few samples."""
-        if self.dim != other.dim:
-            raise ValueError(
-                f"got features of {self.dim} and {other.dim} dimensions, expected the same feature network"
-            )
-        cov1, cov2 = self.covariance, other.covariance
-        ours, theirs = self.centred_factor(), other.centred_factor()
-        if ours is not None and theirs is not None:
-            trace = float(np.linalg.svd(ours @ theirs.T, compute_uv=False).sum())
-        elif ours is not None or theirs is not None:
-            few, covariance = (ours, cov2) if ours is not None else (theirs, cov1)
-            trace = float(np.linalg.svd(few @ covariance_root(covariance), compute_uv=False).sum())
+        self.same_dimensions(other.dim)
+        return Reference.of(other).distance_to(self)
+
+    def same_dimensions(self, dim: int) -> None:
+        if dim != self.dim:
+            raise ValueError(f"got features of {self.dim} and {dim} dimensions, expected the same feature network")
+
+
+class Reference:
+    """A Gaussian that many others are compared with: the factor of its covariance, most of the cost, is made once.
+
+    rows: A (n, D) with covariance = A^T A where there are no more samples than dimensions, else None.
+    """
+
+    def __init__(self, mean: np.ndarray, covariance: np.ndarray, rows: np.ndarray | None = None):
+        self.mean, self.covariance, self.rows = mean, covariance, rows
+
+    @classmethod
+    def of(cls, features: Features) -> Reference:
+        return cls(features.mean, features.covariance, features.centred_factor())
+
+    @cached_property
+    def factor(self) -> np.ndarray:
+        """F (D, D) with covariance = F F^T."""
+        return covariance_factor(self.covariance)
+
+    def distance_to(self, features: Features) -> float:
+        """The squared Frechet distance. Raises ValueError for other dimensions or too few samples."""
+        features.same_dimensions(len(self.mean))
+        covariance, few = features.covariance, features.centred_factor()
+        if few is not None:
+            theirs = self.rows.T if self.rows is not None else self.factor
+            trace = float(np.linalg.svd(few @ theirs, compute_uv=False).sum())
+        elif self.rows is not None:
+            trace = float(np.linalg.svd(self.rows @ covariance_factor(covariance), compute_uv=False).sum())
         else:
-            trace = _trace_of_root(covariance_root(cov1), cov2)
-        return _assemble(self.mean, other.mean, float(np.trace(cov1) + np.trace(cov2)), trace)
+            trace = _trace_of_root(self.factor, covariance)
+        return self._assemble(features.mean, covariance, trace)
+
+    def distance_to_gaussian(self, mean: np.ndarray, covariance: np.ndarray) -> float:
+        """The squared Frechet distance to N(mean, covariance), both checked by the caller."""
+        return self._assemble(mean, covariance, _trace_of_root(self.factor, covariance))
+
+    def _assemble(self, mean: np.ndarray, covariance: np.ndarray, trace_of_root: float) -> float:
+        step = self.mean - mean
+        traces = float(np.trace(self.covariance) + np.trace(covariance))
+        return max(0.0, float(step @ step) + traces - 2.0 * trace_of_root)
 
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
@@ -101,22 +179,54 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
             item, item.T, rtol=1e-8, atol=1e-10 * max(1.0, float(np.abs(item).max()))
         ):
             raise ValueError(f"{name}: got a matrix that is not symmetric, expected a covariance")
-    trace = _trace_of_root(covariance_root(sigma1), sigma2)
-    return _assemble(mu1, mu2, float(np.trace(sigma1) + np.trace(sigma2)), trace)
+    return Reference(mu1, sigma1).distance_to_gaussian(mu2, sigma2)
 
 
-def covariance_root(sigma: np.ndarray) -> np.ndarray:
-    """The symmetric square root of a covariance (D, D); computed once per reference, it is most of the cost."""
-    values, vectors = np.linalg.eigh(sigma)
-    return (vectors * np.sqrt(np.clip(values, 0.0, None))) @ vectors.T
+def covariance_factor(sigma: np.ndarray) -> np.ndarray:
+    """F (D, D) with sigma = F F^T: Cholesky's, eight times cheaper; where sigma is singular, the symmetric root."""
+    try:
+        return np.linalg.cholesky(sigma)
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(sigma)
+        return (vectors * np.sqrt(np.clip(values, 0.0, None))) @ vectors.T
 
 
-def _trace_of_root(root1: np.ndarray, sigma2: np.ndarray) -> float:
-    """tr (S1 S2)^(1/2) from F = S1^(1/2): the roots of the eigenvalues of the symmetric F S2 F."""
-    product = root1 @ sigma2 @ root1
+def checked_rows(features: np.ndarray, dim: int) -> np.ndarray:
+    """(n, dim) as float64. Raises ValueError for another shape, NaN or infinity."""
+    batch = np.asarray(features, dtype=np.float64)
+    if batch.ndim != 2 or batch.shape[1] != dim:
+        raise ValueError(f"features: got shape {batch.shape}, expected (n, {dim})")
+    if not np.isfinite(batch).all():
+        bad = int((~np.isfinite(batch).all(axis=1)).sum())
+        raise ValueError(f"features: got NaN or infinity in {bad} of {len(batch)} rows, expected finite numbers")
+    return batch
+
+
+def block_of(rows: np.ndarray, index: int) -> Block:
+    """The sums of one block of at most BLOCK_ROWS rows (n, D), n >= 1."""
+    rows = checked_rows(rows, rows.shape[1])
+    assert 0 < len(rows) <= BLOCK_ROWS, f"a block of {len(rows)} rows"
+    mean = rows.mean(axis=0)
+    centred = rows - mean
+    return Block(index, len(rows), mean, centred.T @ centred)
+
+
+def blocks_of(rows: np.ndarray, worker: int = 0, workers: int = 1) -> Iterator[Block]:
+    """The blocks of one of `workers` workers over rows (n, D): every workers-th."""
+    for index in range(worker, -(-len(rows) // BLOCK_ROWS), workers):
+        yield block_of(rows[index * BLOCK_ROWS : (index + 1) * BLOCK_ROWS], index)
+
+
+def merge(left: Block, right: Block) -> Block:
+    """The sums over both: Chan, Golub, LeVeque 1979, eq. 1.5. The order matters to the last bit."""
+    total = left.count + right.count
+    step = right.mean - left.mean
+    scatter = left.scatter + right.scatter
+    scatter += np.outer(step, step) * (left.count * right.count / total)
+    return Block(right.index, total, left.mean + step * (right.count / total), scatter)
+
+
+def _trace_of_root(factor1: np.ndarray, sigma2: np.ndarray) -> float:
+    """tr (S1 S2)^(1/2) from S1 = F F^T: the roots of the eigenvalues of the symmetric F^T S2 F, those of S1 S2."""
+    product = factor1.T @ sigma2 @ factor1
     return float(np.sqrt(np.clip(np.linalg.eigvalsh((product + product.T) / 2), 0.0, None)).sum())
-
-
-def _assemble(mu1: np.ndarray, mu2: np.ndarray, traces: float, trace_of_root: float) -> float:
-    step = mu1 - mu2
-    return max(0.0, float(step @ step) + traces - 2.0 * trace_of_root)

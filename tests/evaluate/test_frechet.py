@@ -1,7 +1,15 @@
 import numpy as np
 import pytest
 
-from raphael.evaluate.frechet import Features, frechet_distance
+from raphael.evaluate.frechet import (
+    BLOCK_ROWS,
+    Features,
+    Reference,
+    block_of,
+    blocks_of,
+    covariance_factor,
+    frechet_distance,
+)
 
 
 def random_covariance(rng, dim):
@@ -92,3 +100,88 @@ def test_a_set_is_at_distance_zero_from_itself():
 def test_what_cannot_be_compared_is_an_error_and_never_a_number(act, says):
     with pytest.raises(ValueError, match=says):
         act()
+
+
+def test_the_number_of_workers_and_the_size_of_pieces_change_no_bit():
+    rng = np.random.default_rng(5)
+    rows = (rng.normal(size=(3 * BLOCK_ROWS + 217, 16)) @ random_covariance(rng, 16) + 30).astype(np.float32)
+    other = Features(16).update(rng.normal(size=(400, 16)))
+    whole = Features(16).update(rows)
+    results = {whole.distance(other)}
+    for piece in (1, 7, 50, 64, 999, 2500):
+        pieces = Features(16)
+        for start in range(0, len(rows) if piece > 1 else 1200, piece):
+            pieces.update(rows[start : start + piece])
+        if piece > 1:
+            results.add(pieces.distance(other))
+            assert np.array_equal(pieces.covariance, whole.covariance) and np.array_equal(pieces.mean, whole.mean)
+    for workers in (1, 2, 3):
+        blocks = [block for worker in range(workers) for block in blocks_of(rows, worker, workers)]
+        merged = Features.from_blocks(16, sorted(blocks, key=lambda block: block.index))
+        assert merged.count == len(rows)
+        results.add(merged.distance(other))
+    assert len(results) == 1, results
+
+
+def test_asking_in_between_changes_nothing_after():
+    rows = np.random.default_rng(6).normal(size=(2 * BLOCK_ROWS + 5, 4))
+    asked = Features(4)
+    for piece in np.array_split(rows, 9):
+        asked.update(piece)
+        assert asked.covariance.shape == (4, 4)
+    assert np.array_equal(asked.covariance, Features(4).update(rows).covariance)
+
+
+def test_a_block_that_is_missing_or_twice_there_is_an_error():
+    rows = np.random.default_rng(7).normal(size=(2 * BLOCK_ROWS, 3))
+    first, second = blocks_of(rows)
+    with pytest.raises(ValueError, match="every block in order"):
+        Features.from_blocks(3, [second])
+    with pytest.raises(ValueError, match="every block in order"):
+        Features.from_blocks(3, [first, first])
+    with pytest.raises(ValueError, match="every block in order"):
+        Features.from_blocks(3, [block_of(rows[:10], 0), second])
+
+
+def test_a_reference_gives_the_same_number_again_and_factors_once(monkeypatch):
+    import raphael.evaluate.frechet as module
+
+    rng = np.random.default_rng(8)
+    factored = []
+    monkeypatch.setattr(module, "covariance_factor", lambda s: factored.append(1) or covariance_factor(s))
+    reference = Reference.of(Features(9).update(rng.normal(size=(80, 9))))
+    ours = Features(9).update(rng.normal(size=(70, 9)) + 0.1)
+    assert (
+        reference.distance_to(ours)
+        == reference.distance_to(ours)
+        == ours.distance(Features(9).update(np.random.default_rng(8).normal(size=(80, 9))))
+    )
+    assert len(factored) == 2  # one for the reference, one for its copy
+
+
+def test_a_singular_covariance_has_the_closed_form_too():
+    values1, values2 = np.array([4.0, 1.0, 0.0, 0.0]), np.array([9.0, 0.0, 2.0, 0.0])
+    expected = ((np.sqrt(values1) - np.sqrt(values2)) ** 2).sum()
+    assert frechet_distance(np.zeros(4), np.diag(values1), np.zeros(4), np.diag(values2)) == pytest.approx(
+        expected, abs=1e-12
+    )
+    basis = np.linalg.qr(np.random.default_rng(9).normal(size=(4, 4)))[0]
+    turned = frechet_distance(np.zeros(4), basis * values1 @ basis.T, np.zeros(4), basis * values2 @ basis.T)
+    assert turned == pytest.approx(expected, abs=1e-6)  # a zero eigenvalue comes out as 1e-16, its root as 1e-8
+
+
+@pytest.mark.parametrize("count", [3, 12, 25])
+def test_fewer_samples_than_dimensions_against_many_agree_with_a_projection_to_their_span(count):
+    """The trace term sees S2 only within the span of the rows: there both are small, regular matrices."""
+    rng = np.random.default_rng(count)
+    dim = 32
+    few, many = rng.normal(size=(count, dim)), rng.normal(size=(500, dim)) @ random_covariance(rng, dim)
+    values, basis = np.linalg.eigh(np.cov(few.T))
+    basis, values = basis[:, -(count - 1) :], values[-(count - 1) :]
+    inner = np.sqrt(values)[:, None] * (basis.T @ np.cov(many.T) @ basis) * np.sqrt(values)
+    trace = np.sqrt(np.linalg.eigvalsh(inner)).sum()
+    step = few.mean(0) - many.mean(0)
+    truth = step @ step + np.trace(np.cov(few.T)) + np.trace(np.cov(many.T)) - 2 * trace
+    few, many = Features(dim).update(few), Features(dim).update(many)
+    assert few.distance(many) == pytest.approx(truth, abs=1e-10)
+    assert many.distance(few) == pytest.approx(truth, abs=1e-10)
