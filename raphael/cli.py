@@ -51,9 +51,18 @@ def build_parser() -> argparse.ArgumentParser:
     command = _command(commands, "info", "what a checkpoint or a preset is made of", _info)
     command.add_argument("--preset", default="", help="a preset's name or file, instead of a checkpoint")
 
-    command = commands.add_parser("evaluate", help="run the evaluation and the report of a workspace")
-    command.add_argument("--params", default="params.yaml", help="its folder is the workspace (default: %(default)s)")
-    command.set_defaults(act=_evaluate)
+    _evaluate_command(commands)
+    command = commands.add_parser("prompts", help="write the prompts of an evaluation protocol")
+    command.add_argument("--protocol", required=True, help="e.g. drawbench/v1")
+    command.add_argument("--source", type=Path, help="the file that the protocol takes its prompts from")
+    command.add_argument("--out", type=Path, required=True, help="in the form of data/source/prompts.json")
+    command.set_defaults(act=_prompts)
+
+    command = commands.add_parser("compare", help="what differs between runs: a table, and one page with curves")
+    command.add_argument("runs", nargs="+", metavar="RUN", help="run ids of MLflow, or the start of one; names too")
+    command.add_argument("--params", default="params.yaml", help="where its tracking store is (default: %(default)s)")
+    command.add_argument("--out", type=Path, default=Path("reports/compare.html"), help="default: %(default)s")
+    command.set_defaults(act=_compare)
     return parser
 
 
@@ -75,6 +84,30 @@ def _sampler_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--threshold", default="none", choices=kinds, help="for models of pixels (default: none)")
     command.add_argument("--threshold-percentile", type=float, default=99.5, help="dynamic only (default: %(default)s)")
     command.add_argument("--threshold-bound", type=float, default=1.0, help="of the data (default: %(default)s)")
+
+
+def _evaluate_command(commands: argparse._SubParsersAction) -> None:
+    text = "run the evaluation and the report of a workspace; with --images, measure a folder by a protocol"
+    command = commands.add_parser("evaluate", help=text, description=text.capitalize() + ".")
+    command.add_argument("--params", default="params.yaml", help="its folder is the workspace (default: %(default)s)")
+    command.add_argument(
+        "--images", type=Path, help="a folder of pictures; images.json in it names prompts and settings"
+    )
+    command.add_argument("--reference", type=Path, help="a folder of real pictures")
+    command.add_argument("--protocol", default="pair-debug/v1", help="docs/evaluation.md (default: %(default)s)")
+    command.add_argument(
+        "--features",
+        action="append",
+        help="inception:FILE, open_clip:ARCH:FILE, a CLIP folder, taesd:FOLDER; repeatable",
+    )
+    command.add_argument("--prompts", type=Path, help="one prompt a line, in the order of the pictures")
+    command.add_argument("--cache", type=Path, default=Path("work/features"), help="default: %(default)s")
+    command.add_argument("--out", type=Path, help="where the numbers go, as JSON")
+    command.add_argument("--guidance-scale", type=float, help="of the pictures, where images.json does not say")
+    command.add_argument("--sampler", help="the same")
+    command.add_argument("--steps", type=int, help="the same")
+    command.add_argument("--weights", help="the same: a hash of the model's weights")
+    command.set_defaults(act=_evaluate)
 
 
 def _command(commands: argparse._SubParsersAction, name: str, text: str, act) -> argparse.ArgumentParser:
@@ -149,10 +182,30 @@ def _info(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     import subprocess
 
+    if arguments.images:
+        from raphael.evaluate.folders import evaluate_folders
+
+        evaluate_folders(arguments)
+        return
+    if arguments.reference or arguments.features:
+        raise StageError("evaluate: got --reference or --features without --images, expected a folder of pictures")
+
     for module in ("raphael.evaluate", "raphael.evaluate.report"):
         status = subprocess.run([sys.executable, "-m", module, "--params", arguments.params]).returncode
         if status:
             raise StageError(f"python -m {module} ended with status {status}; its message is above")
+
+
+def _prompts(arguments: argparse.Namespace) -> None:
+    from raphael.evaluate.folders import write_prompts
+
+    write_prompts(arguments)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from raphael.evaluate.compare import compare_runs
+
+    compare_runs(arguments.runs, arguments.params, arguments.out)
 
 
 if __name__ == "__main__":

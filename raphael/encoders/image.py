@@ -71,10 +71,10 @@ class ClipScorer(nn.Module):
         image = image.convert("RGB")
         side, (width, height) = self.image_size_px, image.size
         if (width, height) != (side, side):
-            scale = side / min(width, height)
-            width, height = max(side, round(width * scale)), max(side, round(height * scale))
+            short = min(width, height)  # sizes cut, borders rounded, as in torchvision, hence in open_clip
+            width, height = width * side // short, height * side // short
             image = image.resize((width, height), Image.Resampling.BICUBIC)
-            left, top = (width - side) // 2, (height - side) // 2
+            left, top = round((width - side) / 2), round((height - side) / 2)
             image = image.crop((left, top, left + side, top + side))
         return np.asarray(image)
 

@@ -1,25 +1,38 @@
-"""The feature space of the Frechet distance, and its honest name: `fid` only from the real Inception weights."""
+"""The feature space of the Frechet distance, and its honest name: `fid` only from the published Inception weights."""
 
 from __future__ import annotations
 
+import hashlib
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from raphael.evaluate.frechet import Features
-from raphael.stage import StageError
+from raphael.stage import StageError, file_sha256
+
+if TYPE_CHECKING:
+    from torch import nn
 
 BATCH = 50
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # the name ends in the start of the content's sha256
+INCEPTION_SHA256 = "6726825d"
+INCEPTION_FROM = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 
 
 @dataclass(frozen=True)
 class FeatureSpace:
-    """name: "fid" for Inception, else "fd_<features>". embed: uint8 (B, H, W, 3) -> (B, D)."""
+    """name: "fid" for Inception, else "fd_<features>". embed: uint8 (B, H, W, 3) -> (B, D).
+
+    network: a sha256 of the weights; "": not asked for.
+    """
 
     name: str
     embed: Callable[[np.ndarray], np.ndarray]
+    network: str = ""
 
     def metric(self, n: int) -> str:
         """Distances of different n are not comparable, so n is in the name."""
@@ -41,29 +54,51 @@ class FeatureSpace:
         return statistics, np.concatenate(rows)
 
 
-def inception_space(weights: str) -> FeatureSpace:
-    """torch-fidelity's Inception, from a weights file. Raises StageError where it is absent or another file."""
+def inception_space(weights: str, key: str = "evaluate.fid_inception_weights") -> FeatureSpace:
+    """torch-fidelity's Inception, from a weights file, on the GPU where there is one, in float32 without TF32.
+
+    key: what the messages call the setting. Its name is "fid" only where the file is the published one, else
+    "fd_inception_<hash>". Raises StageError where it is absent or another file.
+    """
     import torch
 
     if not Path(weights).is_file():
         raise StageError(
-            f"evaluate.fid_inception_weights: {weights}: no such file; expected torch-fidelity's "
-            'weights-inception-2015-12-05-6726825d.pth, or "" for the Frechet distance of the CLIP'
+            f"{key}: {weights}: no such file; expected torch-fidelity's {INCEPTION_FILE}: where there is a network, "
+            f'fetch {INCEPTION_FROM} and put it there, or "" for the Frechet distance of the CLIP'
         )
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     try:
+        torch.load(
+            weights, map_location="cpu", weights_only=True
+        )  # torch-fidelity's own load would run a pickle's code
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights)
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise StageError(
-            f"evaluate.fid_inception_weights: {weights}: not torch-fidelity's weights ({_short(error)})"
-        ) from None
+    except (RuntimeError, KeyError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise StageError(f"{key}: {weights}: not torch-fidelity's weights ({_short(error)})") from None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network.to(device)
 
     @torch.inference_mode()
     def embed(pictures: np.ndarray) -> np.ndarray:
-        return network(torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2))[0].numpy()
+        pixels = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).to(device)
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            return network(pixels)[0].cpu().numpy()
 
-    return FeatureSpace("fid", embed)
+    sha256 = file_sha256(weights)
+    name = "fid" if sha256.startswith(INCEPTION_SHA256) else f"fd_inception_{sha256[:8]}"
+    return FeatureSpace(name, embed, sha256)
+
+
+def network_sha256(network: nn.Module) -> str:
+    """A hash of every parameter and buffer: the name, shape, type and bytes, in order of name."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def batches(pictures: Iterable[np.ndarray], size: int = BATCH) -> Iterator[np.ndarray]:

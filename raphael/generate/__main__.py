@@ -48,7 +48,9 @@ def run(config: Config, stage: Stage) -> None:
 
 
 def picture_jobs(prompts: dict[str, Any], images_per_prompt: int) -> list[dict[str, Any]]:
-    """One entry per picture, in order: its file, index (its seed is (generate.seed, index)), and its prompt's entry.
+    """One entry per picture, in order: its file, index, and its prompt's entry.
+
+    A picture's seed is (generate.seed, index), or its prompt's own where an evaluation protocol gives one.
 
     Raises StageError where prompts.json holds no prompts.
     """
@@ -68,7 +70,7 @@ def draw_block(pipeline: RaphaelPipeline, block: list[dict[str, Any]], config: C
     from raphael.sampling import draw_images, sampling_of
 
     settings = sampling_of(config.generate)
-    seeds = [(config.generate.seed, job["index"]) for job in block]
+    seeds = [(job["seed"], 0) if "seed" in job else (config.generate.seed, job["index"]) for job in block]
     pictures = draw_images(pipeline.parts(), [job["prompt"] for job in block], seeds, settings, batch_size=len(block))
     for job, picture in zip(block, pictures, strict=True):
         temporary = folder / f".{job['file']}"

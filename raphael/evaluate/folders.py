@@ -1,0 +1,103 @@
+"""`raphael evaluate --images A --reference B --protocol P`, `raphael prompts`: options in, a report and a table out."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from raphael.evaluate.features import INCEPTION_FILE, INCEPTION_FROM
+from raphael.evaluate.picture_folder import PictureFolder
+from raphael.evaluate.protocol import Protocol, load_protocol
+from raphael.stage import StageError, read_json, write_json
+
+INCEPTION_HOME = Path("models/inception") / INCEPTION_FILE
+CLIP_HOME = Path("models/clip")
+
+
+def evaluate_folders(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure, write the report to --out, print the table. Raises StageError and ValueError, one line."""
+    protocol = load_protocol(arguments.protocol)
+    if protocol.needs_reference and not arguments.reference:
+        raise StageError(f"{protocol.identity}: got no --reference, expected a folder: {protocol.reference}")
+    if arguments.reference and not protocol.needs_reference:
+        raise StageError(f"{protocol.identity}: got --reference, but this protocol has none")
+    drawn = PictureFolder.read(arguments.images, protocol.pictures.drawn)
+    reference = PictureFolder.read(arguments.reference, protocol.pictures.reference) if arguments.reference else None
+    protocol.check_counts(len(drawn.files), len(reference.files) if reference else 0)
+    specs = feature_specs(protocol, arguments.features or [])
+
+    from tqdm import tqdm
+
+    from raphael.evaluate.measure import Measurement, measure, settings_of, table
+    from raphael.evaluate.spaces import open_network
+
+    given = {name: getattr(arguments, name) for name in ("guidance_scale", "sampler", "steps", "weights")}
+    measurement = Measurement(
+        protocol, drawn, reference, settings_of(drawn.listing, given), _prompts(drawn, arguments.prompts)
+    )
+    networks = [open_network(spec) for spec in specs]
+    total = len(drawn.files) + (len(reference.files) if reference else 0)
+    with tqdm(total=total, unit=" images", desc="features", dynamic_ncols=True) as bar:
+        report = measure(measurement, networks, Path(arguments.cache), bar.update)
+    if arguments.out:
+        write_json(arguments.out, report)
+    print(table(report))
+    return report
+
+
+def feature_specs(protocol: Protocol, given: list[str]) -> list[str]:
+    """The networks to use: those given, and for what the protocol needs beyond them its usual place.
+
+    Raises StageError that says which file is missing, where it comes from and where it goes.
+    """
+    specs = list(given)
+    if "inception" in protocol.networks and not any(spec.startswith("inception:") for spec in specs):
+        if not INCEPTION_HOME.is_file():
+            raise StageError(
+                f"{protocol.identity} needs {INCEPTION_FILE}: where there is a network, fetch {INCEPTION_FROM}, put it "
+                f"at {INCEPTION_HOME}, or give --features inception:FILE"
+            )
+        specs.append(f"inception:{INCEPTION_HOME}")
+    wants_clip = "clip" in protocol.networks or not protocol.networks and protocol.metrics != ("scenes",)
+    if wants_clip and not any(not spec.startswith(("inception:", "taesd:")) for spec in specs):
+        if (CLIP_HOME / "config.json").is_file() or (CLIP_HOME / "pointer.json").is_file():
+            specs.append(str(CLIP_HOME))
+        elif not specs or "clip" in protocol.networks:
+            raise StageError(
+                f"{protocol.identity} needs a CLIP: give --features open_clip:ViT-B-32:FILE (open_clip's weights; where a "
+                f"network is, hf download laion/CLIP-ViT-B-32-laion2B-s34B-b79K), clip:FOLDER, or put one at "
+                f"{CLIP_HOME}"
+            )
+    return specs
+
+
+def write_prompts(arguments: argparse.Namespace) -> None:
+    """The prompts of a protocol in the form of data/source/prompts.json."""
+    from raphael.evaluate.prompts import list_sha256, protocol_prompts
+
+    protocol = load_protocol(arguments.protocol)
+    prompts = protocol_prompts(protocol, arguments.source)
+    digest = list_sha256(prompts)
+    write_json(arguments.out, {"protocol": protocol.identity, "sha256": digest, "prompts": prompts})
+    print(f"{arguments.out}: {len(prompts):,} prompts of {protocol.identity}, sha256 {digest[:16]}")
+
+
+def _prompts(drawn: PictureFolder, file: Path | None) -> list[str] | None:
+    """One prompt per picture: of --prompts (lines, or JSON as `raphael prompts` writes it), else of images.json."""
+    if file is None:
+        entries = drawn.listing.get("images", [])
+        return [entry["prompt"] for entry in entries] if entries and all("prompt" in e for e in entries) else None
+    if not Path(file).is_file():
+        raise StageError(f"--prompts: {file}: no such file; expected one prompt a line, or JSON of `raphael prompts`")
+    if Path(file).suffix == ".json":
+        try:
+            prompts = [entry["prompt"] for entry in read_json(file)["prompts"]]
+        except (KeyError, TypeError):
+            raise StageError(f"--prompts: {file}: expected prompts: [{{prompt}}, ...]") from None
+    else:
+        prompts = Path(file).read_text(encoding="utf-8").splitlines()
+    if len(prompts) != len(drawn.files):
+        got = f"got {len(prompts)} prompts for {len(drawn.files)} pictures"
+        raise StageError(f"--prompts: {file}: {got}, expected as many")
+    return prompts
