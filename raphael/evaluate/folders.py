@@ -65,9 +65,8 @@ def feature_specs(protocol: Protocol, given: list[str]) -> list[str]:
             specs.append(str(CLIP_HOME))
         elif not specs or "clip" in protocol.networks:
             raise StageError(
-                f"{protocol.identity} needs a CLIP: give --features open_clip:ViT-B-32:FILE (open_clip's weights; where a "
-                f"network is, hf download laion/CLIP-ViT-B-32-laion2B-s34B-b79K), clip:FOLDER, or put one at "
-                f"{CLIP_HOME}"
+                f"{protocol.identity} needs a CLIP: give --features open_clip:ViT-B-32:FILE (where there is a network, "
+                f"hf download laion/CLIP-ViT-B-32-laion2B-s34B-b79K), clip:FOLDER, or put one at {CLIP_HOME}"
             )
     return specs
 

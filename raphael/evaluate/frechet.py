@@ -183,7 +183,7 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
 
 
 def covariance_factor(sigma: np.ndarray) -> np.ndarray:
-    """F (D, D) with sigma = F F^T: Cholesky's, eight times cheaper; where sigma is singular, the symmetric root."""
+    """F (D, D) with sigma = F F^T: Cholesky's, the cheapest; where sigma is singular, the symmetric root."""
     try:
         return np.linalg.cholesky(sigma)
     except np.linalg.LinAlgError:

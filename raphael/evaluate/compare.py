@@ -1,0 +1,192 @@
+"""`raphael compare RUN RUN ...`: what differs between tracked runs, as a table, and one page with curves and grids."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raphael.config import load_config
+from raphael.stage import StageError
+from raphael.tracking import connect, public, resolve_uri
+
+TEMPLATES = Path(__file__).parent / "templates"
+MAX_RUNS = 8  # as many as report.css has colours for
+MAX_GRIDS, GRID_SIDE_PX = 6, 640
+MIN_POINTS = 2  # of a curve
+
+
+@dataclass
+class Run:
+    """curves: metric -> [(step, value)] by step; grids: series -> [(step, data URI)] by step."""
+
+    run_id: str
+    name: str
+    status: str
+    params: dict[str, str]
+    metrics: dict[str, float]
+    curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    grids: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
+
+
+def compare_runs(names: Sequence[str], params: str | Path, out: Path) -> str:
+    """Read the runs, print the table, write the page. Raises StageError for a run that is not there or ambiguous."""
+    if not 2 <= len(names) <= MAX_RUNS:
+        raise StageError(f"compare: got {len(names)} runs, expected 2 to {MAX_RUNS}")
+    config = load_config(params)
+    uri = resolve_uri(config, Path(params).resolve().parent)
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        raise StageError(f"compare: {uri}: no tracking store there; train first, or set tracking.uri in {params}")
+    runs = read_runs(uri, config.tracking.experiment, names)
+    text = difference_table(runs)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(render(runs), encoding="utf-8")
+    print(f"{text}\n\n{out}")
+    return text
+
+
+def read_runs(uri: str, experiment: str, names: Sequence[str]) -> list[Run]:
+    """The runs with these ids, starts of ids, or names, with their curves and grids. Raises StageError."""
+    client = connect(uri)
+    try:
+        found = client.get_experiment_by_name(experiment)
+        known = _all_runs(client, found.experiment_id) if found else []
+    except Exception as error:  # of SQLAlchemy, requests, MLflow
+        reason = " ".join(str(error).split())[:160]
+        raise StageError(f"compare: {public(uri)} cannot be read ({type(error).__name__}: {reason})") from None
+    runs = []
+    for name in names:
+        matches = [run for run in known if name in (run.info.run_id, run.info.run_name)]
+        matches = matches or [run for run in known if run.info.run_id.startswith(name)]
+        if len(matches) != 1:
+            recent = ", ".join(f"{run.info.run_id[:8]} ({run.info.run_name})" for run in (matches or known)[:6])
+            found_text = "no run" if not matches else f"{len(matches)} runs"
+            raise StageError(
+                f"compare: {name!r}: {found_text} in {experiment} of that id or name; there are {recent or 'none'}"
+            )
+        runs.append(_read(client, matches[0]))
+    if len({run.run_id for run in runs}) < len(runs):
+        raise StageError(f"compare: got one run twice ({', '.join(names)}), expected different ones")
+    return runs
+
+
+def _all_runs(client: Any, experiment_id: str) -> list[Any]:
+    runs, token = [], None
+    while True:
+        page = client.search_runs([experiment_id], max_results=1000, page_token=token)
+        runs += page
+        token = page.token
+        if not token:
+            return runs
+
+
+def _read(client: Any, run: Any) -> Run:
+    info, data = run.info, run.data
+    result = Run(info.run_id, info.run_name or info.run_id[:8], info.status, dict(data.params), dict(data.metrics))
+    for name in sorted(data.metrics):
+        points = sorted(
+            (point.step, point.timestamp, point.value) for point in client.get_metric_history(info.run_id, name)
+        )
+        result.curves[name] = [(float(step), value) for step, _, value in points]
+    result.grids = _grids(client, info.run_id)
+    return result
+
+
+def _grids(client: Any, run_id: str) -> dict[str, list[tuple[int, str]]]:
+    """Pictures that were logged with a step. MLflow names the file KEY%step%STEP%timestamp%... (+ on some systems)."""
+    import re
+
+    import numpy as np
+    from PIL import Image
+
+    from raphael.evaluate.figures import data_uri
+
+    series: dict[str, dict[int, str]] = {}
+    for item in client.list_artifacts(run_id, "images"):
+        match = re.match(r"(.+?)[%+]step[%+](\d+)[%+].*\.png$", Path(item.path).name)
+        if match:
+            series.setdefault(match[1].replace("~", "/"), {})[int(match[2])] = item.path
+    grids: dict[str, list[tuple[int, str]]] = {}
+    with tempfile.TemporaryDirectory() as home:
+        for key, steps in series.items():
+            for step in _spread(sorted(steps), MAX_GRIDS):
+                with Image.open(client.download_artifacts(run_id, steps[step], home)) as image:
+                    picture = np.asarray(image.convert("RGB"))
+                grids.setdefault(key, []).append((step, data_uri(picture, GRID_SIDE_PX)))
+    return grids
+
+
+def differences(runs: Sequence[Run], kind: str) -> dict[str, list[Any]]:
+    """name -> one value per run, None where a run has none; only what differs. kind: "metrics" or "params"."""
+    names = sorted({name for run in runs for name in getattr(run, kind)})
+    rows = {name: [getattr(run, kind).get(name) for run in runs] for name in names}
+    return {name: values for name, values in rows.items() if any(value != values[0] for value in values)}
+
+
+def difference_table(runs: Sequence[Run]) -> str:
+    """Metrics, last values, then parameters, only those that differ; one column a run."""
+    rows = [["run", *(f"{run.name} ({run.run_id[:8]})" for run in runs)], ["status", *(run.status for run in runs)]]
+    heads = {}
+    for title, kind in (("metrics", "metrics"), ("parameters", "params")):
+        heads[len(rows)] = f"{title} that differ"
+        rows += [[name, *map(_text, values)] for name, values in differences(runs, kind).items()]
+    if len(rows) == 2:
+        return "\n".join(["  ".join(row) for row in rows] + ["nothing differs"])
+    widths = [min(48, max(len(row[column]) for row in rows)) for column in range(len(runs) + 1)]
+    lines = []
+    for place, row in enumerate(rows):
+        if place in heads:
+            lines.append(f"-- {heads[place]}")
+        lines.append("  ".join(_cut(cell, width).ljust(width) for cell, width in zip(row, widths)).rstrip())
+    return "\n".join(lines)
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The page: complete in itself, texts escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    from raphael.evaluate.figures import line_chart
+
+    charts = []
+    for name in sorted({name for run in runs for name in run.curves}):
+        # an empty curve keeps its place, so that a run has one colour on the whole page
+        series = {run.name if _unique(runs) else run.run_id[:8]: run.curves.get(name, []) for run in runs}
+        if max(map(len, series.values())) >= MIN_POINTS:
+            charts.append({"name": name, "svg": line_chart(series)})
+    keys = sorted({key for run in runs for key in run.grids})
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("compare.html").render(
+        css=(TEMPLATES / "report.css").read_text(encoding="utf-8"),
+        runs=runs,
+        metrics={name: list(map(_text, values)) for name, values in differences(runs, "metrics").items()},
+        params={name: list(map(_text, values)) for name, values in differences(runs, "params").items()},
+        charts=charts,
+        grids=[{"key": key, "columns": [run.grids.get(key, []) for run in runs]} for key in keys],
+    )
+
+
+def _unique(runs: Sequence[Run]) -> bool:
+    return len({run.name for run in runs}) == len(runs)
+
+
+def _text(value: Any) -> str:
+    return "-" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+def _spread(items: list[int], most: int) -> list[int]:
+    """At most `most` of the items, evenly spread, the first and the last among them."""
+    if len(items) <= most:
+        return items
+    return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
