@@ -9,130 +9,16 @@ F hidden width of an expert, C width of what a gate reads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raphael.net.experts import ExpertBank, Plan, feed_forward, gelu
+from raphael.net.gate import Gate, GateGradient, Routing
 
-def gelu(x: Tensor) -> Tensor:
-    """GELU, by its tanh form: within 5e-4 of x Phi(x), and three times as fast on a CPU."""
-    return F.gelu(x, approximate="tanh")
+__all__ = ["Gate", "GateGradient", "ExpertBank", "Routing", "SpaceMoE", "TimeMoE", "gelu", "region_mask"]
 
-
-GateGradient = Literal["straight_through", "none"]
-
-
-@dataclass
-class Routing:
-    """What a gate chose. T below is N (Space-MoE: one choice a token) or absent (Time-MoE: one choice a sample)."""
-
-    expert: Tensor  # (B, T) or (B,) int64, the chosen expert
-    probability: Tensor  # (B, T, K) or (B, K) float32, softmax of the gate without noise
-    chosen: Tensor  # (B, T) or (B,) bool: False where the token is left out of the mean
-    cover: Tensor | None = None  # (B,) float32, Space-MoE: experts needed per pixel, averaged over the map
-
-    def load(self) -> Tensor:
-        """(K,) float32: share of the choices that fell on each expert; sums to 1 (all zero if nothing was chosen)."""
-        one_hot = F.one_hot(self.expert, self.probability.shape[-1]).float() * self.chosen.unsqueeze(-1)
-        return one_hot.flatten(0, -2).sum(0) / self.chosen.sum().clamp(min=1)
-
-    def balance_loss(self) -> Tensor:
-        """(B,) Switch Transformer's auxiliary loss (arXiv 2101.03961, eq. 4) K * sum_k f_k P_k of each sample's tokens.
-
-        Per sample and not per batch, so that it does not depend on how a batch is split. 1 when balanced, K at worst.
-        """
-        assert self.expert.dim() == 2, "the loss is over a sample's tokens"
-        weight = self.chosen.float() / self.chosen.sum(-1, keepdim=True).clamp(min=1)
-        one_hot = F.one_hot(self.expert, self.probability.shape[-1]).float()
-        frequency = torch.einsum("bn,bnk->bk", weight, one_hot)
-        mean_probability = torch.einsum("bn,bnk->bk", weight, self.probability)
-        return self.probability.shape[-1] * (frequency * mean_probability).sum(-1)
-
-
-class Gate(nn.Module):
-    """route(y) = argmax( softmax(G(y)) + eps ), G a feed-forward net with GELU; eps only in training (section 3.1).
-
-    The argmax of the paper gives G no gradient. With gate_gradient="straight_through" every chosen contribution is
-    multiplied by `weight` = exp(log_p - sg(log_p)), log_p the noiseless log-probability of the chosen expert and sg
-    "stop gradient": exactly 1 in the forward, so the output is the paper's; in the backward it gives G the gradient
-    d log_p. "none" is the paper to the letter: G keeps its initial values.
-    """
-
-    def __init__(self, dim: int, num_experts: int, hidden: float, noise: float, gradient: GateGradient):
-        super().__init__()
-        if num_experts < 1:
-            raise ValueError(f"num_experts: got {num_experts}, expected at least 1")
-        width = max(1, round(dim * hidden))
-        self.net = nn.Sequential(nn.Linear(dim, width), nn.GELU(), nn.Linear(width, num_experts))
-        self.num_experts = num_experts
-        self.noise = noise
-        self.gradient = gradient
-
-    def forward(self, y: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """y (..., C) -> expert (...) int64, probability (..., K) float32, weight (...) float32, value 1.
-
-        noise: standard normal (..., K); drawn here when None in training, ignored in eval mode. It is an argument
-        because noise drawn inside a recomputed (activation-checkpointed) block would differ between the two passes.
-        """
-        log_p = F.log_softmax(self.logits(y), dim=-1)
-        probability = log_p.exp()
-        score = probability.detach()
-        if self.training and self.noise > 0:
-            score = score + self.noise * (torch.randn_like(score) if noise is None else noise.to(score))
-        expert = score.argmax(-1)
-        if self.gradient == "none":
-            return expert, probability.detach(), torch.ones_like(score[..., 0])
-        chosen_log_p = log_p.gather(-1, expert.unsqueeze(-1)).squeeze(-1)
-        return expert, probability, torch.exp(chosen_log_p - chosen_log_p.detach())
-
-    def logits(self, y: Tensor) -> Tensor:
-        """G(y) (..., C) -> (..., K), float32 or wider whatever the weights are stored in.
-
-        In bf16 two experts' probabilities tie within 1/256, and the argmax would depend on the kernel.
-        """
-        first, act, last = self.net
-        wide = torch.promote_types(torch.float32, first.weight.dtype)
-        with torch.autocast(y.device.type, enabled=False):
-            hidden = act(F.linear(y.to(wide), first.weight.to(wide), first.bias.to(wide)))
-            return F.linear(hidden, last.weight.to(wide), last.bias.to(wide))
-
-
-class ExpertBank(nn.Module):
-    """K feed-forward nets e_k(h) = W2_k gelu(W1_k h + b1_k) + b2_k of one shape, their weights stacked along K."""
-
-    def __init__(self, dim: int, num_experts: int, expansion: float):
-        super().__init__()
-        hidden = round(dim * expansion)
-        self.w1 = nn.Parameter(torch.empty(num_experts, hidden, dim))
-        self.b1 = nn.Parameter(torch.zeros(num_experts, hidden))
-        self.w2 = nn.Parameter(torch.empty(num_experts, dim, hidden))
-        self.b2 = nn.Parameter(torch.zeros(num_experts, dim))
-        for weight in (self.w1, self.w2):  # as nn.Linear: uniform in +- 1/sqrt(fan_in)
-            nn.init.uniform_(weight, -(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5)
-
-    def expert(self, k: int, h: Tensor) -> Tensor:
-        """e_k(h), h (..., D) -> (..., D)."""
-        return F.linear(gelu(F.linear(h, self.w1[k], self.b1[k])), self.w2[k], self.b2[k])
-
-    def at_zero(self) -> Tensor:
-        """(K, D): e_k(0), what an expert adds where its token's mask is 0."""
-        return torch.einsum("kf,kdf->kd", gelu(self.b1), self.w2) + self.b2
-
-    def weighted_sum(self, h_BPD: Tensor, weight_BPK: Tensor) -> Tensor:
-        """sum_k weight_k(p) e_k(h_p) -> (B, P, D), as two wide matrix products.
-
-        The weight multiplies the hidden layer, so that the second product's accumulator does the sum over experts.
-        An expert whose weight is zero everywhere gets a gradient of exactly zero, and no rank waits for it.
-        """
-        B, P, _ = h_BPD.shape
-        K, hidden, dim = self.w1.shape
-        a = gelu(F.linear(h_BPD, self.w1.reshape(K * hidden, dim), self.b1.reshape(-1)))  # (B, P, K F)
-        a = (a.view(B, P, K, hidden) * weight_BPK.unsqueeze(-1).to(a)).view(B, P, K * hidden)
-        out = F.linear(a, self.w2.permute(1, 0, 2).reshape(dim, K * hidden))  # (B, P, D)
-        return out + (weight_BPK.to(out) @ self.b2.to(out))
+Choice = tuple[Tensor, Tensor, Tensor]  # what a gate returns: expert, probability, weight
 
 
 class SpaceMoE(nn.Module):
@@ -162,9 +48,12 @@ class SpaceMoE(nn.Module):
         gate_gradient: GateGradient = "straight_through",
     ):
         super().__init__()
+        if not 0 <= mask_threshold <= 1:
+            raise ValueError(f"mask_threshold: got {mask_threshold}, expected 0 to 1, a share of the largest attention")
         self.gate = Gate(context_dim, num_experts, gate_hidden, gate_noise, gate_gradient)
         self.experts = ExpertBank(dim, num_experts, expansion)
         self.mask_threshold = mask_threshold
+        self.plan: Plan = "auto"  # how the experts are computed (raphael/net/experts.py); never what comes out
 
     def forward(
         self,
@@ -174,41 +63,73 @@ class SpaceMoE(nn.Module):
         context_mask: Tensor | None = None,  # (B, N) bool
         *,
         noise: Tensor | None = None,  # (B, N, K)
+        choice: Choice | None = None,  # self.gate(context), where the caller has it from an earlier step
     ) -> tuple[Tensor, Routing]:
         """The MoE term alone (the residual stands outside), shape (B, P, D), and what was routed where.
 
         context_mask None: all N tokens count and the divisor is N, as in the paper; else the divisor is each sample's
-        number of unmasked tokens. A token without attention anywhere has an empty mask and adds e_k(0).
-        Raises ValueError on shapes that do not fit.
+        number of unmasked tokens (a sample without any gets a term of 0). A token without attention anywhere has an
+        empty mask and adds e_k(0), or nothing where context_mask leaves it out. An expert nobody chose gets a gradient
+        of zero. eval() means no gate noise.
+
+        A NaN is never hidden: one in h makes its pixel NaN, one in the attention or the encoding of a token that counts
+        makes its sample NaN. What a masked token holds does not matter. Raises ValueError on shapes that do not fit.
         """
         self._check(h, context, attention, context_mask)
         B, _, N = attention.shape
         real_BN = context_mask if context_mask is not None else attention.new_ones((B, N), dtype=torch.bool)
-        expert_BN, probability_BNK, weight_BN = self.gate(context, noise)
+        expert_BN, probability_BNK, weight_BN = self.gate(context, noise) if choice is None else choice
+        weight_BN = weight_BN.masked_fill(~real_BN, 0)
 
-        mask_BPN = region_mask(attention.detach(), self.mask_threshold)
-        route_BNK = F.one_hot(expert_BN, self.gate.num_experts) * (weight_BN * real_BN).unsqueeze(-1)
+        attention = attention.detach()
+        if context_mask is not None:
+            attention = attention.masked_fill(~context_mask.unsqueeze(1), 0)
+        peak_B1N = attention.amax(dim=1, keepdim=True)
+        weight_BN = weight_BN + 0 * peak_B1N.squeeze(1).to(weight_BN)  # NaN where a token's attention is
+        mask_BPN = region_mask(attention, self.mask_threshold, peak_B1N)
+        route_BNK = F.one_hot(expert_BN, self.gate.num_experts) * weight_BN.unsqueeze(-1)
         divisor_B11 = real_BN.sum(-1).clamp(min=1).view(B, 1, 1)
         inside_BPK = (mask_BPN.to(route_BNK) @ route_BNK) / divisor_B11  # c_k(p) / n
         total_B1K = route_BNK.sum(1, keepdim=True) / divisor_B11  # n_k / n
 
-        out = self.experts.weighted_sum(h, inside_BPK)
+        out = self.experts.weighted_sum(h, inside_BPK, self.plan)
         out = out + ((total_B1K - inside_BPK).to(out) @ self.experts.at_zero().to(out))
         cover_B = (inside_BPK.detach() > 0).sum(-1).float().mean(-1)
         return out, Routing(expert_BN, probability_BNK, real_BN, cover_B)
 
     def _check(self, h: Tensor, context: Tensor, attention: Tensor, context_mask: Tensor | None) -> None:
+        dim = self.experts.w1.shape[-1]
+        if h.dim() != 3 or h.shape[-1] != dim:
+            raise ValueError(f"h: got shape {tuple(h.shape)}, expected (B, P, D) = (B, P, {dim})")
+        if context.dim() != 3 or context.shape[0] != h.shape[0] or context.shape[-1] != self.gate.dim:
+            want = (h.shape[0], "N", self.gate.dim)
+            raise ValueError(
+                f"context: got shape {tuple(context.shape)}, expected (B, N, C) = ({want[0]}, N, {want[2]})"
+            )
         want = (h.shape[0], h.shape[1], context.shape[1])
         if tuple(attention.shape) != want:
             raise ValueError(f"attention: got shape {tuple(attention.shape)}, expected (B, P, N) = {want}")
-        if context_mask is not None and tuple(context_mask.shape) != tuple(context.shape[:2]):
-            want = tuple(context.shape[:2])
-            raise ValueError(f"context_mask: got shape {tuple(context_mask.shape)}, expected (B, N) = {want}")
+        check_context_mask(context_mask, context)
 
 
-def region_mask(attention: Tensor, threshold: float) -> Tensor:
-    """M_hat (section 3.1): attention (B, P, N) -> (B, P, N) bool, where M >= threshold * max over pixels, and M > 0."""
-    return (attention >= threshold * attention.amax(dim=1, keepdim=True)) & (attention > 0)
+def check_context_mask(context_mask: Tensor | None, context: Tensor) -> None:
+    """Raises ValueError unless the mask is None, or bool and (B, N) for a context (B, N, C)."""
+    if context_mask is None:
+        return
+    want = tuple(context.shape[:2])
+    if tuple(context_mask.shape) != want:
+        raise ValueError(f"context_mask: got shape {tuple(context_mask.shape)}, expected (B, N) = {want}")
+    if context_mask.dtype != torch.bool:
+        raise ValueError(f"context_mask: got {context_mask.dtype}, expected torch.bool, True on tokens that count")
+
+
+def region_mask(attention: Tensor, threshold: float, peak: Tensor | None = None) -> Tensor:
+    """M_hat (section 3.1): attention (B, P, N) -> (B, P, N) bool, where M >= threshold * max over pixels, and M > 0.
+
+    peak (B, 1, N): the maximum over pixels, where the caller has it.
+    """
+    peak = attention.amax(dim=1, keepdim=True) if peak is None else peak
+    return (attention >= threshold * peak) & (attention > 0)
 
 
 class TimeMoE(nn.Module):
@@ -235,14 +156,32 @@ class TimeMoE(nn.Module):
         *,
         noise: Tensor | None = None,  # (B, K)
     ) -> tuple[Tensor, Routing]:
-        """The MoE term alone, (B, P, D), and the routing. Raises ValueError on shapes that do not fit."""
-        if time_embedding.shape[0] != h.shape[0]:
-            raise ValueError(f"time_embedding: got {time_embedding.shape[0]} samples, expected {h.shape[0]}")
+        """The MoE term alone, (B, P, D), and the routing. Raises ValueError on shapes that do not fit.
+
+        An expert nobody chose gets a gradient of zero. A NaN in h makes its pixel NaN, one in a
+        time embedding its sample.
+        """
+        dim = self.experts.w1.shape[-1]
+        if h.dim() != 3 or h.shape[-1] != dim:
+            raise ValueError(f"h: got shape {tuple(h.shape)}, expected (B, P, D) = (B, P, {dim})")
+        want = (h.shape[0], self.gate.dim)
+        if tuple(time_embedding.shape) != want:
+            raise ValueError(f"time_embedding: got shape {tuple(time_embedding.shape)}, expected (B, C) = {want}")
         expert_B, probability_BK, weight_B = self.gate(time_embedding, noise)
-        order_B = expert_B.argsort(stable=True)
-        counts = torch.bincount(expert_B, minlength=self.gate.num_experts).tolist()
-        # an expert nobody chose sees an empty batch: its gradient is zero and present, so DDP never waits for it
-        groups = [self.experts.expert(k, part) for k, part in enumerate(h[order_B].split(counts))]
-        out = torch.cat(groups)[order_B.argsort()]
+        out = self._one_each(h, expert_B)
         everyone_B = torch.ones_like(expert_B, dtype=torch.bool)
         return out * weight_B.view(-1, 1, 1).to(out), Routing(expert_B, probability_BK, everyone_B)
+
+    def _one_each(self, h: Tensor, expert_B: Tensor) -> Tensor:
+        """te_{expert_b}(h_b): samples sorted by expert, one pass for each that was chosen."""
+        experts = self.experts.experts()
+        if h.is_meta:  # no values, only shapes and costs: any expert will do
+            return feed_forward(h, experts[0])
+        counts = torch.bincount(expert_B, minlength=self.gate.num_experts).tolist()
+        used = [k for k, count in enumerate(counts) if count]
+        if len(used) == 1:  # in sampling always: the whole batch shares t
+            return feed_forward(h, experts[used[0]])
+        order_B = expert_B.argsort(stable=True)
+        parts = h[order_B].split([counts[k] for k in used])
+        groups = [feed_forward(part, experts[k]) for part, k in zip(parts, used, strict=True)]
+        return torch.cat(groups)[order_B.argsort()] if groups else torch.zeros_like(h)

@@ -145,6 +145,71 @@ def test_the_balance_loss_is_one_when_balanced_and_k_when_everything_goes_one_wa
     torch.testing.assert_close(skewed.balance_loss(), torch.tensor([3.0]))
 
 
+def test_both_mixtures_work_by_their_widths_alone_and_with_the_papers_numbers():
+    space, time = SpaceMoE(D, C, 6).eval(), TimeMoE(D, C, 4).eval()
+    assert space.mask_threshold == 0.2 and space.experts.w1.shape == (6, 4 * D, D)
+    h = torch.randn(B, P, D)
+    out, routing = space(h, torch.randn(B, N, C), torch.rand(B, P, N))
+    assert out.shape == (B, P, D) and routing.expert.shape == (B, N) and routing.probability.shape == (B, N, 6)
+    assert routing.load().shape == (6,) and routing.cover.shape == (B,)
+    out, routing = time(h, torch.randn(B, C))
+    assert out.shape == (B, P, D) and routing.expert.shape == (B,) and routing.probability.shape == (B, 4)
+
+
+def test_the_divisor_is_the_number_of_tokens_or_of_those_that_the_mask_keeps():
+    moe = space_moe()
+    h, context, _ = space_inputs()
+    everywhere = torch.ones(B, P, N, dtype=torch.float64)
+    with torch.no_grad():  # one expert for all tokens: the mean is its value, whatever it is divided by
+        moe.gate.net[2].bias.copy_(torch.tensor([100.0, 0.0, 0.0]))
+        w1, b1, w2, b2 = moe.experts.experts()[0]
+        value = moe_loops.gelu(h @ w1.T + b1) @ w2.T + b2
+        for mask in (None, torch.arange(N) < torch.tensor([[3], [5]])):
+            torch.testing.assert_close(moe(h, context, everywhere, mask)[0], value, rtol=0, atol=1e-12)
+
+
+def test_a_sample_whose_tokens_are_all_masked_gets_a_term_of_zero():
+    moe = space_moe()
+    h, context, attention = space_inputs()
+    mask = torch.tensor([[False], [True]]).expand(B, N)
+    out, routing = moe(h, context, attention, mask)
+    assert (out[0] == 0).all() and (out[1] != 0).any()
+    assert routing.load().sum() == 1 and routing.cover[0] == 0
+
+
+def test_a_token_without_attention_that_is_masked_adds_nothing():
+    moe = space_moe()
+    h, context, attention = space_inputs()
+    attention[:, :, 2] = 0
+    mask = torch.ones(B, N, dtype=torch.bool)
+    mask[:, 2] = False
+    rest = [i for i in range(N) if i != 2]
+    expected, _ = moe(h, context[:, rest], attention[:, :, rest])
+    torch.testing.assert_close(moe(h, context, attention, mask)[0], expected, rtol=0, atol=1e-12)
+
+
+def test_the_balance_bias_moves_choices_and_nothing_else():
+    moe = space_moe()
+    h, context, attention = space_inputs()
+    _, plain = moe(h, context, attention)
+    assert len(plain.expert.unique()) > 1
+    moe.gate.balance_bias.copy_(torch.tensor([0.0, 2.0, 0.0]))  # above any probability
+    out, routing = moe(h, context, attention)
+    assert (routing.expert == 1).all() and torch.equal(routing.probability, plain.probability)
+    assert torch.equal(moe.gate.route(context), routing.expert)
+    weight = [parameter for name, parameter in moe.named_parameters() if "gate" in name]
+    assert any((g != 0).any() for g in gradients(out, weight))
+    assert "gate.balance_bias" in moe.state_dict()
+
+
+def test_rebalancing_lowers_the_bias_of_what_is_chosen_too_often_by_the_rate():
+    gate = space_moe().gate
+    gate.rebalance(torch.tensor([9.0, 0.0, 3.0]), 0.01)
+    torch.testing.assert_close(gate.balance_bias, torch.tensor([-0.01, 0.01, 0.01], dtype=torch.float64))
+    gate.rebalance(torch.tensor([4.0, 4.0, 4.0]), 0.01)
+    torch.testing.assert_close(gate.balance_bias, torch.tensor([-0.01, 0.01, 0.01], dtype=torch.float64))
+
+
 def test_shapes_that_do_not_fit_are_refused_with_what_was_expected():
     moe = space_moe()
     h, context, attention = space_inputs()
@@ -154,3 +219,46 @@ def test_shapes_that_do_not_fit_are_refused_with_what_was_expected():
         moe(h, context, attention, torch.ones(B, N + 1, dtype=torch.bool))
     with pytest.raises(ValueError, match="num_experts: got 0"):
         SpaceMoE(D, C, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("h", lambda t: t[..., :5], r"h: got shape \(2, 12, 5\), expected \(B, P, D\) = \(B, P, 8\)"),
+        ("h", lambda t: t[0], r"h: got shape \(12, 8\)"),
+        ("context", lambda t: t[..., :4], r"context: got shape \(2, 7, 4\), expected \(B, N, C\) = \(2, N, 10\)"),
+        ("context", lambda t: t[:1], r"context: got shape \(1, 7, 10\)"),
+        ("context_mask", lambda t: torch.ones(B, N), "context_mask: got torch.float32, expected torch.bool"),
+        ("noise", lambda t: torch.ones(B, N), r"noise: got shape \(2, 7\), expected \(2, 7, 3\)"),
+    ],
+)
+def test_space_moe_names_the_input_that_does_not_fit(name, change, message):
+    h, context, attention = space_inputs()
+    given = {"h": h, "context": context, "attention": attention, "context_mask": None, "noise": None}
+    with pytest.raises(ValueError, match=message):
+        space_moe()(**{**given, name: change(given[name])})
+
+
+def test_time_moe_names_the_input_that_does_not_fit():
+    moe = TimeMoE(D, C, K)
+    with pytest.raises(ValueError, match=r"h: got shape \(2, 12, 9\), expected \(B, P, D\) = \(B, P, 8\)"):
+        moe(torch.zeros(2, 12, 9), torch.zeros(2, C))
+    with pytest.raises(ValueError, match=r"time_embedding: got shape \(3, 10\), expected \(B, C\) = \(2, 10\)"):
+        moe(torch.zeros(2, 12, D), torch.zeros(3, C))
+    assert TimeMoE(D, C, K).eval()(torch.full((1, 2, D), float("nan")), torch.zeros(1, C))[0].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_experts": 0}, "num_experts: got 0, expected at least 1"),
+        ({"mask_threshold": 1.5}, "mask_threshold: got 1.5, expected 0 to 1"),
+        ({"mask_threshold": float("nan")}, "mask_threshold: got nan"),
+        ({"expansion": 0}, "experts: got dim 8, num_experts 3, expansion 0"),
+        ({"gate_noise": -1.0}, "gate_noise: got -1.0, expected at least 0"),
+        ({"gate_gradient": "magic"}, "gate_gradient: got 'magic', expected one of straight_through, none"),
+    ],
+)
+def test_sizes_that_make_no_sense_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        SpaceMoE(**{"dim": D, "context_dim": C, "num_experts": K, **change})
