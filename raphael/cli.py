@@ -47,6 +47,13 @@ def build_parser() -> argparse.ArgumentParser:
     command = _command(commands, "routes", "which experts a prompt's words, and the timesteps, go through", _routes)
     command.add_argument("prompt")
     command.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    command.add_argument("--out", type=Path, default=Path("routes.json"), help="where to save (default: %(default)s)")
+
+    command = commands.add_parser("model", help="what a preset is made of, without its weights")
+    actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
+    show = actions.add_parser("show", help="tree, parameters, FLOPs for each picture size, memory for training")
+    show.add_argument("preset", help="a preset's name or file")
+    show.set_defaults(act=_model_show)
 
     command = _command(commands, "info", "what a checkpoint or a preset is made of", _info)
     command.add_argument("--preset", default="", help="a preset's name or file, instead of a checkpoint")
@@ -166,17 +173,29 @@ def _routes(arguments: argparse.Namespace) -> None:
     from raphael.generate.pipeline import RaphaelPipeline
 
     pipeline = RaphaelPipeline.from_pretrained(arguments.checkpoint)
-    words, times = token_routes(pipeline, arguments.prompt), time_table(pipeline)
+    words = token_routes(pipeline, arguments.prompt)
+    every = time_table(pipeline, pipeline.diffusion.num_steps)
+    length = pipeline.unet.num_blocks
+    saved = {"prompt": arguments.prompt, "model": pipeline.identity, "path_length": length, "words": words}
+    write_json(arguments.out, {**saved, "times": every})
     if arguments.json:
-        print(json.dumps({"prompt": arguments.prompt, "words": words, "times": times}, ensure_ascii=False))
-    else:
-        print(routes_text(arguments.prompt, words, times))
+        print(json.dumps({**saved, "times": time_table(pipeline)}, ensure_ascii=False))
+        return
+    print(routes_text(arguments.prompt, words, time_table(pipeline)))
+    print(f"\na path has {length} entries, one a block; it depends on the prompt alone, so no picture was drawn")
+    print(f"saved to {arguments.out}: paths, and the time expert of every timestep in every block")
 
 
 def _info(arguments: argparse.Namespace) -> None:
     from raphael.generate.info import describe_checkpoint, describe_preset
 
     print(describe_preset(arguments.preset) if arguments.preset else describe_checkpoint(arguments.checkpoint))
+
+
+def _model_show(arguments: argparse.Namespace) -> None:
+    from raphael.generate.anatomy import model_text
+
+    print(model_text(arguments.preset))
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

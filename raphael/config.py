@@ -204,6 +204,9 @@ class UNetConfig:
     mean_over: Literal["all_tokens", "real_tokens"]  # the paper's 1/n_y is all 77; tiny leaves padding out
     edge_channels: Count
     edge_layers: Annotated[int, Range(2)]
+    edge_tokens: Literal["all", "last"]  # whose maps the edge head reads; last: the closing token's, figure 7 shows it
+    moe_residual: bool  # h + MoE(h) around both mixtures; the paper writes none
+    moe_norm: bool  # LayerNorm per pixel before both mixtures; the paper writes none
     pooled_text: bool  # res-blocks also read the caption as a whole (not in the paper; gates never do)
 
     def __post_init__(self) -> None:
@@ -239,11 +242,50 @@ class DiffusionConfig:
 
 
 @dataclass(frozen=True)
+class TextTowerConfig:
+    """The text encoder that the denoiser's context comes from: open_clip's text transformer of these sizes."""
+
+    architecture: str  # open_clip's name for it, whose weights fit; "": trained here, as params.yaml's clip
+    context_length: Count
+    width: Count
+    heads: Count
+    layers: Count
+    embed_dim: Count
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """The KL autoencoder that the latents come from (diffusers' AutoencoderKL)."""
+
+    channels: tuple[int, ...]  # one per resolution; each but the last halves the picture
+    layers_per_block: Count
+    norm_groups: Count
+    attention: bool  # in the middle, as in Stable Diffusion; those trained here have convolutions only
+
+
+@dataclass(frozen=True)
 class Preset:
     """raphael/presets/<name>.yaml"""
 
     unet: UNetConfig
     diffusion: DiffusionConfig
+    text: TextTowerConfig
+    vae: VaeConfig
+    sizes_px: tuple[tuple[int, ...], ...]  # [height, width] of the pictures that it is meant for
+
+    def __post_init__(self) -> None:
+        for what, text, unet in (
+            ("context_length", self.text.context_length, self.unet.context_length),
+            ("width", self.text.width, self.unet.context_dim),
+        ):
+            if text != unet:
+                raise ValueError(f"text.{what}: got {text}, expected {unet}, what the unet reads")
+        multiple = 2 ** (len(self.vae.channels) + len(self.unet.channels) - 2)
+        for size in self.sizes_px:
+            if len(size) != 2 or any(side < multiple or side % multiple for side in size):
+                raise ValueError(f"sizes_px: got {list(size)}, expected [height, width], multiples of {multiple}")
+        if not self.sizes_px:
+            raise ValueError("sizes_px: got an empty list, expected at least one [height, width]")
 
 
 @dataclass(frozen=True)
@@ -266,6 +308,10 @@ class TrainConfig:
     focal_gamma: Annotated[float, Range(0)]
     balance_weight: Annotated[float, Range(0)]  # 0: off, as in the paper
     min_snr_gamma: Annotated[float, Range(0)]  # 0: off, every timestep counts alike; 5 in arXiv 2303.09556
+    edge_resolution: Literal["map", "target"]  # targets brought to each block's map, or logits to the targets' size
+    balance: Literal["none", "switch", "loss_free"]  # none: as in the paper; loss_free: a bias moved outside gradients
+    balance_weight: Annotated[float, Range(0)]  # of Switch's loss
+    balance_rate: Annotated[float, Range(0)]  # u of loss_free: what a step adds to or takes from a gate's bias
     sample_prompts: tuple[str, ...]  # of the grids drawn while training; empty: the first held-out prompts
     num_sample_prompts: Count
     loop: LoopConfig

@@ -22,6 +22,7 @@ from raphael.diffusion.denoiser import Denoiser, NetworkDenoiser, TextCondition
 from raphael.diffusion.guidance import ClassifierFreeGuidance, Thresholded
 from raphael.diffusion.samplers import sample
 from raphael.diffusion.schedule import Schedule
+from raphael.net.unet import UNet
 from raphael.precision import autocast
 from raphael.randomness import SampleRng
 
@@ -36,7 +37,7 @@ class Parts:
     latent_shape: (C, h, w) of one picture.
     """
 
-    unet: torch.nn.Module
+    unet: UNet
     schedule: Schedule
     prediction: str
     encode: Callable[[list[str]], TextCondition]
@@ -95,7 +96,7 @@ def draw_latents(
     device = next(parts.unet.parameters()).device
     noise = PictureNoise(seeds, parts.latent_shape, device)
     sigmas = parts.schedule.sampling_sigmas(settings.steps)
-    with evaluating(parts.unet), autocast(settings.precision, device):
+    with evaluating(parts.unet), parts.unet.remembering(), autocast(settings.precision, device):
         cond = encode_texts(parts, prompts)
         return sample(settings.sampler, denoiser, noise.start(), sigmas, cond, noise, settings.eta)
 

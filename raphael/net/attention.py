@@ -77,18 +77,29 @@ class CrossAttention(nn.Module):
         site: AttentionSite,
         bias: AttentionBias | None = None,
         edit: AttentionEdit | None = None,
+        keys_values: tuple[Tensor, Tensor] | None = None,  # of `context`, where the caller has them from before
     ) -> tuple[Tensor, Tensor]:  # (B, P, D), M (B, P, N)
+        """A sample whose tokens are all masked attends to nothing: its M is 0 everywhere, its out the bias."""
         B, P, D = h.shape
-        N = context.shape[1]
         q_BHPd = self.q(h).view(B, P, self.num_heads, -1).transpose(1, 2)
-        k_BHNd, v_BHNd = self.kv(context).view(B, N, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        k_BHNd, v_BHNd = self.keys_values(context) if keys_values is None else keys_values
         scores_BHPN = q_BHPd @ k_BHNd.mT * q_BHPd.shape[-1] ** -0.5
         if bias is not None:
             scores_BHPN = scores_BHPN + bias(site, scores_BHPN)
         if context_mask is not None:
-            scores_BHPN = scores_BHPN.masked_fill(~context_mask[:, None, None, :], float("-inf"))
+            # the lowest finite number: a row of -inf would be NaN where a sample has no token at all
+            lowest = torch.finfo(scores_BHPN.dtype).min
+            scores_BHPN = scores_BHPN.masked_fill(~context_mask[:, None, None, :], lowest)
+            v_BHNd = v_BHNd.masked_fill(~context_mask[:, None, :, None], 0)
         map_BHPN = torch.softmax(scores_BHPN.float(), dim=-1)
         if edit is not None:
             map_BHPN = edit(site, map_BHPN)
         out = (map_BHPN.to(v_BHNd) @ v_BHNd).transpose(1, 2).reshape(B, P, D)
-        return self.out(out), map_BHPN.mean(1)
+        map_BPN = map_BHPN.mean(1)
+        return self.out(out), map_BPN if context_mask is None else map_BPN.masked_fill(~context_mask[:, None, :], 0)
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of a context (B, N, C), each (B, H, N, D/H)."""
+        B, N, _ = context.shape
+        keys, values = self.kv(context).view(B, N, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        return keys, values

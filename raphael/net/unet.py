@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +13,8 @@ from raphael.config import UNetConfig
 from raphael.net.attention import AttentionBias, AttentionEdit, AttentionSite, CrossAttention, SelfAttention
 from raphael.net.edge import EdgeHead
 from raphael.net.layers import Downsample, ResBlock, TimeEmbedding, Upsample
-from raphael.net.moe import Routing, SpaceMoE, TimeMoE
+from raphael.net.memory import BlockText, TextMemory
+from raphael.net.moe import Routing, SpaceMoE, TimeMoE, check_context_mask
 
 
 @dataclass
@@ -52,6 +55,8 @@ class Conditioning:
     collect: bool = False
     bias: AttentionBias | None = None
     edit: AttentionEdit | None = None
+    last_token: Tensor | None = None  # (B,) position of each caption's closing token; None: the last one
+    texts: list[BlockText] | None = None  # by block, where they are remembered
 
 
 class RaphaelBlock(nn.Module):
@@ -64,7 +69,8 @@ class RaphaelBlock(nn.Module):
         super().__init__()
         self.index = index
         self.norm_in = nn.GroupNorm(config.norm_groups, dim)
-        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(4))
+        norms = [True, True, config.moe_norm, config.moe_norm]
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) if norm else nn.Identity() for norm in norms)
         self.self_attention = SelfAttention(dim, config.head_dim)
         self.cross_attention = CrossAttention(dim, config.context_dim, config.head_dim)
         gate = {
@@ -77,7 +83,10 @@ class RaphaelBlock(nn.Module):
         self.space_moe = SpaceMoE(
             dim, config.context_dim, config.num_space_experts, mask_threshold=config.mask_threshold, **gate
         )
-        self.edge_head = EdgeHead(config.context_length, config.edge_channels, config.edge_layers)
+        self.residual = config.moe_residual
+        self.edge_tokens = config.edge_tokens
+        edge_inputs = config.context_length if config.edge_tokens == "all" else 1
+        self.edge_head = EdgeHead(edge_inputs, config.edge_channels, config.edge_layers)
         self.out = nn.Conv2d(dim, dim, 1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
@@ -89,23 +98,46 @@ class RaphaelBlock(nn.Module):
     ) -> tuple[Tensor, BlockOutput]:  # (B, D, h, w)
         _, _, height, width = x.shape
         noise = cond.gate_noise
+        text = cond.texts[self.index] if cond.texts is not None else None
         h = self.norm_in(x).flatten(2).mT  # (B, P, D)
         site = AttentionSite("self", self.index, height, width)
         h = h + self.self_attention(self.norms[0](h), site, cond.edit)
         site = AttentionSite("cross", self.index, height, width)
         term, attention = self.cross_attention(
-            self.norms[1](h), cond.context, cond.context_mask, site, cond.bias, cond.edit
+            self.norms[1](h), cond.context, cond.context_mask, site, cond.bias, cond.edit, text and text.keys_values
         )
         h = h + term
         term, time = self.time_moe(self.norms[2](h), cond.time, noise=noise and noise.time[:, self.index])
-        h = h + term
+        h = h + term if self.residual else term
         term, space = self.space_moe(
-            self.norms[3](h), cond.context, attention, cond.context_mask, noise=noise and noise.space[:, self.index]
+            self.norms[3](h),
+            cond.context,
+            attention,
+            cond.context_mask,
+            noise=noise and noise.space[:, self.index],
+            choice=text and text.choice,
         )
-        h = h + term
+        h = h + term if self.residual else term
         out = x + self.out(h.mT.unflatten(2, (height, width)))
-        edges = self.edge_head(attention, height, width) if self.training or cond.collect else None
+        edges = None
+        if self.training or cond.collect:
+            edges = self.edge_head(self._edge_maps(attention, cond), height, width)
         return out, BlockOutput(edges, space, time, attention if cond.collect else None, height, width)
+
+    def _edge_maps(self, attention: Tensor, cond: Conditioning) -> Tensor:
+        """(B, P, N), or (B, P, 1), the closing token's, times N: the head multiplies by its number of inputs."""
+        if self.edge_tokens == "all":
+            return attention
+        B, _, N = attention.shape
+        last = torch.full((B,), N - 1, device=attention.device) if cond.last_token is None else cond.last_token
+        return N * attention[torch.arange(B, device=attention.device), :, last].unsqueeze(-1)
+
+    def read_text(self, context: Tensor) -> BlockText:
+        """What this block makes of context (B, N, C) whatever the picture and the timestep are."""
+        return BlockText(self.cross_attention.keys_values(context), self.space_moe.gate(context))
+
+    def text_weights(self) -> list[Tensor]:
+        return [self.cross_attention.kv.weight, self.space_moe.gate.balance_bias, *self.space_moe.gate.parameters()]
 
 
 class UNet(nn.Module):
@@ -115,6 +147,7 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         self.num_blocks = 0
+        self._memory: TextMemory | None = None
         channels, time_dim = config.channels, 4 * config.channels[0]
         self.time_embedding = TimeEmbedding(channels[0], time_dim)
         if config.pooled_text:
@@ -164,15 +197,19 @@ class UNet(nn.Module):
         """Predict eps or v. With mean_over="all_tokens" the mask is ignored: padding is attended to and counted.
 
         collect keeps the attention maps. The edge heads run in training and when collecting: sampling needs neither.
-        Raises ValueError on a latent the U-Net cannot halve often enough, or a context of another size.
+        Raises ValueError on a latent the U-Net cannot halve often enough, or a context of another size. A NaN in a
+        sample's latent, timestep or counted tokens makes that sample's prediction NaN, and no other's.
         """
-        self._check(x, context)
+        self._check(x, t, context, context_mask)
+        last_token = None if context_mask is None else context_mask.sum(1).clamp(min=1) - 1
         if self.config.mean_over == "all_tokens":
             context_mask = None
         context = context.to(x.dtype)
         time = self.time_embedding(t)
         embedding = time + self._pooled(context, context_mask) if self.config.pooled_text else time
-        cond = Conditioning(time, embedding, context, context_mask, gate_noise, collect, bias, edit)
+        cond = Conditioning(time, embedding, context, context_mask, gate_noise, collect, bias, edit, last_token)
+        if self._memory is not None and not self.training and not torch.is_grad_enabled():
+            cond.texts = self._memory.read(self.transformer_blocks(), context)
         blocks: list[BlockOutput] = []
         h = self.conv_in(x)
         skips = [h]
@@ -189,6 +226,15 @@ class UNet(nn.Module):
             h = self._run_unit(module, h, cond, blocks)
         return UNetOutput(self.conv_out(nn.functional.silu(self.norm_out(h))), blocks)
 
+    @contextlib.contextmanager
+    def remembering(self) -> Iterator[TextMemory]:
+        """Inside, without gradients and in eval mode, keys, values and routes of the texts are computed once."""
+        outer, self._memory = self._memory, TextMemory()
+        try:
+            yield self._memory
+        finally:
+            self._memory = outer
+
     def transformer_blocks(self) -> list[RaphaelBlock]:
         """All blocks in the order of the forward pass."""
         found = [module for module in self.modules() if isinstance(module, RaphaelBlock)]
@@ -200,13 +246,13 @@ class UNet(nn.Module):
 
         A route depends on the token's encoding alone, not on the picture nor on the timestep.
         """
-        return torch.stack([block.space_moe.gate.logits(context).argmax(-1) for block in self.transformer_blocks()])
+        return torch.stack([block.space_moe.gate.route(context) for block in self.transformer_blocks()])
 
     @torch.no_grad()
     def time_routes(self, t: Tensor) -> Tensor:
         """Which time expert every timestep takes: t (T,) -> (blocks, T) int64, without noise."""
         embedding = self.time_embedding(t)
-        return torch.stack([block.time_moe.gate.logits(embedding).argmax(-1) for block in self.transformer_blocks()])
+        return torch.stack([block.time_moe.gate.route(embedding) for block in self.transformer_blocks()])
 
     def time_balance_loss(self, t: Tensor) -> Tensor:
         """Switch's balance loss K sum_k f_k P_k of the time gates over the timesteps t (T,), mean over blocks, scalar.
@@ -217,7 +263,7 @@ class UNet(nn.Module):
         losses = []
         for block in self.transformer_blocks():
             probability = block.time_moe.gate.logits(embedding).softmax(-1)
-            expert = probability.argmax(-1)
+            expert = (probability.detach() + block.time_moe.gate.balance_bias).argmax(-1)
             everyone = torch.ones_like(expert, dtype=torch.bool)
             losses.append(Routing(expert[None], probability[None], everyone[None]).balance_loss().mean())
         return torch.stack(losses).mean()
@@ -260,7 +306,7 @@ class UNet(nn.Module):
         last = context[torch.arange(len(context), device=context.device), count - 1]
         return self.text_embedding(torch.cat([mean, last], dim=-1))
 
-    def _check(self, x: Tensor, context: Tensor) -> None:
+    def _check(self, x: Tensor, t: Tensor, context: Tensor, context_mask: Tensor | None) -> None:
         factor = 2 ** (len(self.config.channels) - 1)
         if x.dim() != 4 or x.shape[1] != self.config.latent_channels or x.shape[2] % factor or x.shape[3] % factor:
             raise ValueError(
@@ -268,6 +314,11 @@ class UNet(nn.Module):
                 f"with h and w multiples of {factor}"
             )
         want = (self.config.context_length, self.config.context_dim)
-        if tuple(context.shape[1:]) != want:
-            raise ValueError(f"context: got shape {tuple(context.shape)}, expected (B, {want[0]}, {want[1]})")
-
+        if tuple(context.shape) != (len(x), *want):
+            raise ValueError(
+                f"context: got shape {tuple(context.shape)}, expected (B, {want[0]}, {want[1]})"
+                f" with B {len(x)}, as x has"
+            )
+        if tuple(t.shape) != (len(x),):
+            raise ValueError(f"t: got shape {tuple(t.shape)}, expected (B,) = ({len(x)},)")
+        check_context_mask(context_mask, context)

@@ -85,6 +85,8 @@ class DenoisingObjective(nn.Module):
             "edge": self._edge_loss(output.blocks, batch[EDGES], t),
             "balance": self._balance_loss(output.blocks),
         }
+        if self.training and self.config.balance == "loss_free":
+            self._rebalance(output.blocks)
         weights = {"denoise": 1.0, "edge": self.config.edge_weight, "balance": self.config.balance_weight}
         loss = sum(weights[name] * value for name, value in losses.items())
         assert B == len(t)
@@ -114,17 +116,38 @@ class DenoisingObjective(nn.Module):
         target = edges.float().unsqueeze(1) / 255.0
         per_block = []
         for block in blocks:
-            at_block = F.adaptive_max_pool2d(target, (block.height, block.width))  # thin edges survive a maximum
-            loss = focal_loss(block.edge_logits, at_block, self.config.focal_alpha, self.config.focal_gamma)
+            logits, at_block = block.edge_logits, target
+            if self.config.edge_resolution == "map":
+                at_block = F.adaptive_max_pool2d(target, (block.height, block.width))  # thin edges survive a maximum
+            elif logits.shape != target.shape:
+                logits = F.interpolate(logits.float(), target.shape[-2:], mode="bilinear", align_corners=False)
+            loss = focal_loss(logits, at_block, self.config.focal_alpha, self.config.focal_gamma)
             per_block.append(loss.mean(dim=(1, 2, 3)))
         per_sample = torch.stack(per_block).mean(0)
         return (per_sample * (t <= self.config.edge_max_timestep)).sum() / len(t)
 
     def _balance_loss(self, blocks: list[BlockOutput]) -> Tensor:
-        if self.config.balance_weight == 0:
+        if self.config.balance != "switch" or self.config.balance_weight == 0:
             return blocks[0].edge_logits.new_zeros(())
         space = torch.stack([block.space.balance_loss().mean() for block in blocks]).mean()
         return space + self.unet.time_balance_loss(self.balance_timesteps)
+
+
+    @torch.no_grad()
+    def _rebalance(self, blocks: list[BlockOutput]) -> None:
+        """Move every gate's bias by the loads of this step (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+
+        Space gates: the tokens of the whole batch, over all workers (whole numbers, so that their sum is exact); time
+        gates: a fixed grid of timesteps. The biases are buffers: saved with the weights, equal on every worker.
+        """
+        counts = torch.stack([block.space.counts() for block in blocks])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(counts)
+        times = self.unet.time_routes(self.balance_timesteps)
+        for block, space, time in zip(self.unet.transformer_blocks(), counts, times, strict=True):
+            block.space_moe.gate.rebalance(space, self.config.balance_rate)
+            num = block.time_moe.gate.num_experts
+            block.time_moe.gate.rebalance(torch.bincount(time, minlength=num).float(), self.config.balance_rate)
 
 
 def min_snr_weights(alpha_bar: Tensor, gamma: float, prediction: Literal["eps", "v"]) -> Tensor:

@@ -228,12 +228,19 @@ def test_the_command_draws_prints_and_repeats_itself(folder, tmp_path):
         assert (tmp_path / "a" / entry["file"]).read_bytes() == (tmp_path / "b" / entry["file"]).read_bytes()
 
 
-def test_the_command_shows_routes_and_parameters(folder, capsys):
+def test_the_command_shows_routes_and_parameters(folder, pipeline, capsys, tmp_path):
     from raphael.cli import main
 
-    assert main(["routes", "a red circle", "--checkpoint", str(folder)]) == 0
-    assert "circle" in capsys.readouterr().out
-    assert main(["routes", "a red circle", "--checkpoint", str(folder), "--json"]) == 0
+    command = ["routes", "a red circle", "--checkpoint", str(folder), "--out", str(tmp_path / "routes.json")]
+    assert main(command) == 0
+    printed, blocks = capsys.readouterr().out, pipeline.unet.num_blocks
+    assert "circle" in printed and f"a path has {blocks} entries" in printed
+    saved = json.loads((tmp_path / "routes.json").read_text())
+    assert saved["path_length"] == blocks and all(len(entry["experts"]) == blocks for entry in saved["words"])
+    steps = pipeline.diffusion.num_steps
+    assert saved["times"]["timesteps"] == list(range(steps))
+    assert [len(row) for row in saved["times"]["experts"]] == [steps] * blocks
+    assert main([*command, "--json"]) == 0
     words = json.loads(capsys.readouterr().out)["words"]
     assert [entry["word"] for entry in words] == ["<start>", "a", "red", "circle", "<end>"]
     assert main(["info", "--checkpoint", str(folder)]) == 0

@@ -124,6 +124,84 @@ def test_the_time_embedding_is_cos_and_sin_at_geometric_frequencies():
     torch.testing.assert_close(sinusoidal_embedding(t, dim), expected)
 
 
+def test_a_sample_without_any_token_attends_to_nothing_and_stays_finite():
+    torch.manual_seed(0)
+    layer, h, context = CrossAttention(8, 6, 4), torch.randn(2, 5, 8), torch.randn(2, 3, 6)
+    mask = torch.tensor([[False] * 3, [True, False, True]])
+    out, attention = layer(h, context, mask, AttentionSite("cross", 0, 5, 1))
+    assert (attention[0] == 0).all() and (attention[1, :, 1] == 0).all()
+    torch.testing.assert_close(out[0], layer.out.bias.expand(5, 8))
+    torch.testing.assert_close(attention[1].sum(-1), torch.ones(5))
+
+
+def test_texts_are_read_once_while_remembering_and_change_no_bit():
+    net = unet()
+    x, t, context, mask = inputs()
+    with torch.no_grad():
+        plain = [net(x, t + step, context, mask).prediction for step in range(3)]
+        with net.remembering() as memory:
+            kept = [net(x, t + step, context.clone(), mask).prediction for step in range(3)]
+            assert memory.computed == 1
+            net(x, t, context + 1, mask)
+            assert memory.computed == 2
+        net(x, t, context, mask)
+        assert memory.computed == 2  # outside nothing is remembered
+    assert all(torch.equal(one, other) for one, other in zip(plain, kept, strict=True))
+
+
+@pytest.mark.parametrize("where", ["cross_attention.kv.weight", "space_moe.gate.net.0.weight"])
+def test_a_changed_weight_is_noticed_while_remembering(where):
+    net = unet()
+    x, t, context, mask = inputs()
+    weight = net.transformer_blocks()[1].get_parameter(where)
+    with torch.no_grad(), net.remembering() as memory:
+        net(x, t, context, mask)
+        weight.mul_(-2)
+        changed = net(x, t, context, mask).prediction
+        assert memory.computed == 2
+    with torch.no_grad():
+        assert torch.equal(changed, net(x, t, context, mask).prediction)
+
+
+def test_a_fused_optimizer_and_a_balance_bias_are_noticed_while_remembering():
+    net = unet()
+    x, t, context, mask = inputs()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.05, fused=True)
+    net(x, t, context, mask).prediction.square().sum().backward()
+    with torch.no_grad(), net.remembering() as memory:
+        before = net(x, t, context, mask).prediction
+        optimizer.step()
+        after = net(x, t, context, mask).prediction
+        net.transformer_blocks()[0].space_moe.gate.balance_bias += 1
+        net(x, t, context, mask)
+    assert memory.computed == 3 and not torch.equal(before, after)
+    with torch.no_grad(), net.remembering() as memory, torch.autocast("cpu", torch.bfloat16):
+        net(x, t, context, mask)
+    assert memory.computed == 1
+
+
+def test_training_and_gradients_do_without_the_memory():
+    net = unet()
+    with net.remembering() as memory:
+        net(*inputs())
+        net.train()
+        with torch.no_grad():
+            net(*inputs())
+    assert memory.computed == 0
+
+
+def test_a_nan_reaches_its_own_sample_and_no_other():
+    net = unet(mean_over="all_tokens")
+    x, t, context, _ = inputs()
+    for broken in (x, t, context):
+        kept = broken.clone()
+        broken[0].view(-1)[0] = float("nan")
+        with torch.no_grad():
+            prediction = net(x, t, context).prediction
+        assert prediction[0].isnan().all() and prediction[1].isfinite().all()
+        broken.copy_(kept)
+
+
 def test_inputs_of_another_shape_are_refused_with_what_was_expected():
     net = unet()
     x, t, context, mask = inputs()
@@ -131,3 +209,11 @@ def test_inputs_of_another_shape_are_refused_with_what_was_expected():
         net(x[..., :7], t, context, mask)
     with pytest.raises(ValueError, match=r"context: got shape \(2, 15, 32\), expected \(B, 16, 32\)"):
         net(x, t, context[:, :15], mask[:, :15])
+    with pytest.raises(ValueError, match=r"context: got shape \(2, 17, 32\), expected \(B, 16, 32\)"):
+        net(x, t, torch.zeros(2, 17, 32))
+    with pytest.raises(ValueError, match=r"t: got shape \(3,\), expected \(B,\) = \(2,\)"):
+        net(x, torch.zeros(3), context, mask)
+    with pytest.raises(ValueError, match=r"context: got shape \(1, 16, 32\)"):
+        net(x, t, context[:1])
+    with pytest.raises(ValueError, match="context_mask: got torch.int64, expected torch.bool"):
+        net(x, t, context, mask.long())
