@@ -132,7 +132,6 @@ class DenoisingObjective(nn.Module):
         space = torch.stack([block.space.balance_loss().mean() for block in blocks]).mean()
         return space + self.unet.time_balance_loss(self.balance_timesteps)
 
-
     @torch.no_grad()
     def _rebalance(self, blocks: list[BlockOutput]) -> None:
         """Move every gate's bias by the loads of this step (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).

@@ -217,3 +217,29 @@ def test_inputs_of_another_shape_are_refused_with_what_was_expected():
         net(x, t, context[:1])
     with pytest.raises(ValueError, match="context_mask: got torch.int64, expected torch.bool"):
         net(x, t, context, mask.long())
+
+
+def test_the_edge_head_can_read_the_closing_tokens_map_alone():
+    net = unet(edge_tokens="last")
+    x, t, context, mask = inputs()
+    block = net(x, t, context, mask, collect=True).blocks[0]
+    closing = block.attention[[0, 1], :, [4, 8]].unsqueeze(-1) * CONFIG.context_length
+    expected = net.transformer_blocks()[0].edge_head(closing, block.height, block.width)
+    torch.testing.assert_close(block.edge_logits, expected)
+
+
+def test_without_residual_and_norm_a_block_is_the_printed_chain():
+    from torch import nn
+
+    net = unet(moe_residual=False, moe_norm=False)
+    block = net.transformer_blocks()[0]
+    assert [type(norm) for norm in block.norms] == [nn.LayerNorm] * 2 + [nn.Identity] * 2
+    with torch.no_grad():  # experts that give 0: with nothing around them nothing is left but the outer residual
+        for parameter in (block.space_moe.experts.w2, block.space_moe.experts.b2, block.out.bias):
+            parameter.zero_()
+        from raphael.net.unet import Conditioning
+
+        x, t, context, _ = inputs()
+        features = torch.randn(2, block.norm_in.num_channels, 8, 8)
+        time = net.time_embedding(t)
+        assert torch.equal(block(features, Conditioning(time, time, context, None))[0], features)

@@ -204,3 +204,31 @@ def test_training_at_zero_terminal_snr_is_finite_at_its_last_timestep():
     losses["loss"].backward()
     assert all(torch.isfinite(p.grad).all() for p in goal.unet.parameters() if p.grad is not None)
     assert losses["denoise"] > 0
+
+
+def test_loss_free_balance_moves_every_gates_bias_against_its_load_and_is_saved_with_the_weights():
+    target = objective(balance="loss_free", balance_rate=0.01)
+    losses = target(batch(range(6)), rng(range(6)))
+    assert losses["balance"] == 0
+    state = target.state_dict()
+    for index, block in enumerate(target.unet.transformer_blocks()):
+        load = [losses[f"space_load/block{index:02d}_expert{k}"] for k in range(SHAPE.num_space_experts)]
+        expected = 0.01 * torch.sign(torch.stack(load).mean() - torch.stack(load))
+        bias = block.space_moe.gate.balance_bias
+        torch.testing.assert_close(bias, expected)
+        assert any(name.endswith("space_moe.gate.balance_bias") and value is not None for name, value in state.items())
+    target.eval()(batch(range(2)), rng(range(2)))
+    assert torch.equal(bias, expected)  # only training moves it
+
+
+def test_without_balance_no_bias_moves_and_nothing_is_added():
+    target = objective(balance="none", balance_weight=1.0)
+    losses = target(batch(range(4)), rng(range(4)))
+    torch.testing.assert_close(losses["loss"], losses["denoise"] + target.config.edge_weight * losses["edge"])
+    assert all((b.space_moe.gate.balance_bias == 0).all() for b in target.unet.transformer_blocks())
+
+
+def test_edges_can_be_judged_at_the_size_of_the_targets():
+    at_map, at_target = (objective(edge_resolution=name) for name in ("map", "target"))
+    one, other = (target(batch(range(4)), rng(range(4)))["edge"] for target in (at_map, at_target))
+    assert one.isfinite() and other.isfinite() and one != other
