@@ -306,6 +306,7 @@ class TrainConfig:
     edge_max_timestep: NonNegative  # T_c: no edge loss at t > T_c
     focal_alpha: Share
     focal_gamma: Annotated[float, Range(0)]
+    timestep_shift: Positive  # s: timesteps are drawn as T s u / (1 + (s - 1) u), u uniform; 1: uniform
     min_snr_gamma: Annotated[float, Range(0)]  # 0: off, every timestep counts alike; 5 in arXiv 2303.09556
     edge_resolution: Literal["map", "target"]  # targets brought to each block's map, or logits to the targets' size
     balance: Literal["none", "switch", "loss_free"]  # none: as in the paper; loss_free: a bias moved outside gradients

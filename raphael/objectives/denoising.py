@@ -69,7 +69,8 @@ class DenoisingObjective(nn.Module):
         device = moments.device
         drawn = rng.normal("latent", (C, h, w)).to(device) if self.config.latents == "sample" else None
         x0 = sample_latents(moments, self.scale.factor, self.scale.shift, drawn)
-        t = (rng.uniform("timestep") * self.schedule.num_steps).long().clamp(max=self.schedule.num_steps - 1).to(device)
+        t = shifted(rng.uniform("timestep"), self.config.timestep_shift) * self.schedule.num_steps
+        t = t.long().clamp(max=self.schedule.num_steps - 1).to(device)
         noise = rng.normal("noise", (C, h, w)).to(device)
         dropped = (rng.uniform("caption_drop") < self.config.caption_drop).to(device)
         tokens = torch.where(dropped[:, None], self.empty_tokens, batch[TOKEN_IDS].long())
@@ -147,6 +148,15 @@ class DenoisingObjective(nn.Module):
             block.space_moe.gate.rebalance(space, self.config.balance_rate)
             num = block.time_moe.gate.num_experts
             block.time_moe.gate.rebalance(torch.bincount(time, minlength=num).float(), self.config.balance_rate)
+
+
+def shifted(u: Tensor, shift: float) -> Tensor:
+    """Shares of the timesteps (B,), uniform in [0, 1) -> shares that lie at larger noise for shift > 1.
+
+    s u / (1 + (s - 1) u) (arXiv 2403.03206, eq. 23). A small map has few pixels to average noise over, so what it shows
+    is settled at larger noise than in a large one: that is where its training should look.
+    """
+    return shift * u / (1 + (shift - 1) * u)
 
 
 def min_snr_weights(alpha_bar: Tensor, gamma: float, prediction: Literal["eps", "v"]) -> Tensor:

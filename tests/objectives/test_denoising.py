@@ -6,7 +6,7 @@ import torch
 from raphael.config import load_config, load_preset
 from raphael.diffusion.denoiser import TextCondition
 from raphael.net.unet import UNet
-from raphael.objectives.denoising import DenoisingObjective, LatentScale, min_snr_weights
+from raphael.objectives.denoising import DenoisingObjective, LatentScale, min_snr_weights, shifted
 from raphael.randomness import SampleRng
 from raphael.records import EDGES, MOMENTS, TOKEN_IDS
 
@@ -23,7 +23,8 @@ def objective(prediction="v", **changes):
     from pathlib import Path
 
     torch.manual_seed(0)
-    config = replace(load_config(Path(__file__).parents[2] / "params.yaml").train, **{"latents": "sample", **changes})
+    changes = {"latents": "sample", "timestep_shift": 1.0, **changes}
+    config = replace(load_config(Path(__file__).parents[2] / "params.yaml").train, **changes)
     net = UNet(SHAPE)
     with torch.no_grad():
         for parameter in net.parameters():
@@ -149,6 +150,25 @@ def test_the_posterior_mean_can_be_learnt_instead_of_a_draw():
     records = batch([3])
     goal(records, rng([3]))
     torch.testing.assert_close(seen[0], (records[MOMENTS][:, :4] - 0.1) * 2.0)
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+def test_shifted_shares_have_their_distribution_in_closed_form(shift):
+    """P(share < x) = x / (s + (1 - s) x), what solving the shift for u gives."""
+    shares = shifted(torch.linspace(0, 1, 100_001, dtype=torch.float64)[:-1], shift)
+    for x in (0.1, 0.5, 0.9):
+        assert (shares < x).double().mean().item() == pytest.approx(x / (shift + (1 - shift) * x), abs=2e-5)
+    assert shares.min() == 0 and shares.max() < 1
+
+
+def test_the_shift_moves_the_timesteps_of_training_towards_noise():
+    seen = {}
+    for shift in (1.0, 4.0):
+        goal = objective(timestep_shift=shift)
+        goal.unet.register_forward_pre_hook(lambda _, inputs, shift=shift: seen.__setitem__(shift, inputs[1]))
+        goal(batch(range(6)), rng(range(6)))
+    u = rng(range(6)).uniform("timestep")
+    assert torch.equal(seen[1.0], (u * 1000).long()) and torch.equal(seen[4.0], (4 * u / (1 + 3 * u) * 1000).long())
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
