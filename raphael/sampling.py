@@ -11,7 +11,7 @@ import math
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,9 +22,11 @@ from raphael.diffusion.denoiser import Denoiser, NetworkDenoiser, TextCondition
 from raphael.diffusion.guidance import ClassifierFreeGuidance, Thresholded
 from raphael.diffusion.samplers import sample
 from raphael.diffusion.schedule import Schedule
-from raphael.net.unet import UNet
 from raphael.precision import autocast
 from raphael.randomness import SampleRng
+
+if TYPE_CHECKING:
+    from raphael.net.unet import UNet
 
 PictureSeed = tuple[int, int]  # (seed, index): all that the noise of a picture depends on
 

@@ -73,7 +73,8 @@ def module_file(module: str) -> Path | None:
 
 
 def closure(module: str) -> set[str]:
-    """Files of the project that a module imports, directly or not, at the top or inside functions."""
+    """Files of the project that a module imports, directly or not, at the top or inside functions; not what only
+    annotations name, since that changes no result."""
     found: dict[str, Path] = {}
     waiting = [module]
     while waiting:
@@ -82,7 +83,9 @@ def closure(module: str) -> set[str]:
         if file is None or name in found or name in GROUND:
             continue
         found[name] = file
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        tree.body = [node for node in tree.body if not ast.unparse(node).startswith("if TYPE_CHECKING:")]
+        for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 waiting += [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
