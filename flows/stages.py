@@ -78,6 +78,13 @@ def _without_traceback(record: logging.LogRecord) -> bool:
     return True
 
 
+# What DVC advises after every stage (--quiet would silence the stage's own output, too)
+ADVICE = re.compile(
+    r"\s*(To track the changes with git, run:|git add dvc\.lock|To enable auto staging, run:|"
+    r"dvc config core\.autostage true|Use `dvc push` to send your updates to remote storage\.)"
+)
+
+
 class _Lines:
     """Hands whole lines to the log. Progress bars rewrite their line by a carriage return: only a rewritten line's last
     state is logged, and on a terminal the text goes there as it is."""
@@ -95,7 +102,7 @@ class _Lines:
         *lines, self.rest = re.split(r"\r?\n", self.rest + text)
         for line in lines:
             line = line.rsplit("\r", 1)[-1].rstrip()
-            if line:
+            if line and not ADVICE.fullmatch(line):
                 self.logger.info("%s", line)
 
 
