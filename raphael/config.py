@@ -236,8 +236,7 @@ class DiffusionConfig:
     def __post_init__(self) -> None:
         if self.zero_terminal_snr and self.prediction == "eps":
             raise ValueError(
-                "zero_terminal_snr: got true with prediction eps, expected prediction v: at the last timestep the "
-                "input is the noise itself, so eps says nothing about the picture"
+                "zero_terminal_snr: got true with prediction eps, expected v: the last input is eps and nothing else"
             )
 
 
