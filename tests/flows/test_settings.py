@@ -17,12 +17,12 @@ def params(tmp_path: Path, project: Path) -> Path:
 
 def test_an_override_changes_its_line_and_keeps_all_others(params: Path) -> None:
     before = params.read_text().splitlines()
-    settings.apply(params, {"generate.seed": 7, "train.loop.learning_rate": 0.002})
+    settings.apply(params, {"generate.seed": 7, "train.loop.learning_rate": 0.0005})
     after = params.read_text().splitlines()
     changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
     assert len(changed) == 2
     config = load_config(params)
-    assert config.generate.seed == 7 and config.train.loop.learning_rate == 0.002
+    assert config.generate.seed == 7 and config.train.loop.learning_rate == 0.0005
 
 
 def test_no_override_writes_nothing(params: Path) -> None:

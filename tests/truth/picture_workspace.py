@@ -76,6 +76,7 @@ def small_preset(root: Path, project: Path, **unet: object) -> str:
     """A preset file of small sizes in `root`; returns what model.preset takes."""
     preset = yaml.safe_load((project / "raphael/presets/tiny.yaml").read_text())
     preset["unet"].update({"context_dim": 32, "latent_channels": 4, "attention_levels": [1], **unet})
+    preset["text"].update({"width": preset["unet"]["context_dim"], "heads": 2, "layers": 1})
     path = root / "small.yaml"
     path.write_text(yaml.safe_dump(preset))
     return str(path)
