@@ -328,7 +328,10 @@ def connect(uri: str) -> MlflowClient:
     import mlflow
     from mlflow import MlflowClient
 
+    told = os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(uri)  # "models:/" addresses are looked up there, whatever the client's own address is
+    if told is None:  # it sets the variable, too, which `resolve_uri` would read as the user's word for any workspace
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
     for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
         logging.getLogger(name).setLevel(logging.WARNING)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)

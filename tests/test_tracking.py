@@ -228,3 +228,12 @@ def test_lineage_is_what_the_lock_says(tmp_path):
         "    - {path: reports/encode.json, md5: def}\n"
     )
     assert tracking.dvc_hashes(tmp_path) == {"data/records": "abc.dir"}
+
+
+def test_a_store_once_used_is_not_taken_for_the_next_workspaces(tmp_path, project, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = load_config(project / "params.yaml")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        assert tracking.create_run(config, tmp_path / name, "run") is not None
+        assert (tmp_path / name / "mlflow.db").is_file()

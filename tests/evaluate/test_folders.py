@@ -32,7 +32,8 @@ def clip_folder(tmp_path_factory, project):
     from raphael.encoders.clip import build_clip, save_clip
 
     config = load_config(project / "params.yaml").clip
-    small = {"embed_dim": 16, "image_size_px": 32, "patch_size_px": 16, "image_width": 32, "image_layers": 1}
+    small = {"embed_dim": 16, "image_tower": "vit", "image_size_px": 32, "patch_size_px": 16}
+    small |= {"image_width": 32, "image_layers": 1}
     small |= {"text_width": 32, "text_heads": 2, "text_layers": 1, "context_length": 16}
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("clip")
