@@ -68,7 +68,7 @@ class Muon(torch.optim.Optimizer):
                 self._step_alike(parameters, group["lr"], group["weight_decay"])
 
     def _step_alike(self, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> None:
-        orthogonal = orthogonalised(torch.cat([_matrices(self._momentum(parameter)) for parameter in parameters]))
+        orthogonal = orthogonalised(torch.cat([_matrices(self._momentum(p), like=p) for p in parameters]))
         scale = 0.2 * max(orthogonal.shape[1:]) ** 0.5
         counts = [len(_matrices(parameter)) for parameter in parameters]
         for parameter, update in zip(parameters, orthogonal.split(counts), strict=True):
@@ -84,16 +84,17 @@ class Muon(torch.optim.Optimizer):
         return parameter.grad.lerp(momentum, MOMENTUM)  # Nesterov's look ahead
 
 
-def _matrices(parameter: Tensor) -> Tensor:
+def _matrices(tensor: Tensor, like: Tensor | None = None) -> Tensor:
     """(n, rows, columns): a matrix as a stack of one, a convolution as the matrix (out, all the rest).
 
-    The columns are in the order in which memory holds them, so that nothing is copied; no product above minds it.
+    The columns are in the order in which memory holds the parameter `like`, so that as a rule nothing is copied; no
+    product above minds the order, but rounding does: it must not be that of a momentum read from a checkpoint.
     """
-    if parameter.ndim == 3:
-        return parameter
-    if _is_channels_last(parameter):
-        parameter = parameter.permute(0, 2, 3, 1)
-    return parameter.reshape(1, len(parameter), -1)
+    if tensor.ndim == 3:
+        return tensor
+    if _is_channels_last(tensor if like is None else like):
+        tensor = tensor.permute(0, 2, 3, 1)
+    return tensor.reshape(1, len(tensor), -1)
 
 
 def _as(matrices: Tensor, parameter: Tensor) -> Tensor:

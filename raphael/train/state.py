@@ -81,8 +81,7 @@ class State:
         stored = groups["optimizer"]
         moments = {
             parameter: {
-                # fused AdamW keeps the count beside the parameter
-                moment: stored[f"{name}.{moment}"].to(parameter.device)
+                moment: _as_laid_out(stored[f"{name}.{moment}"], parameter)
                 for moment in MOMENTS
                 if f"{name}.{moment}" in stored
             }
@@ -92,6 +91,17 @@ class State:
         device = next(iter(self.parameters.values())).device
         self.sums = {name: tensor.to(device) for name, tensor in groups["sums"].items()}
         self.images, self.summed_steps, self.history = meta["images_seen"], meta["summed_steps"], meta["history"]
+
+
+def _as_laid_out(moment: Tensor, parameter: Tensor) -> Tensor:
+    """On the parameter's device (fused AdamW keeps its count there, too), in the parameter's order in memory.
+
+    A file knows one order only. Fused AdamW pairs a parameter with its moments by their places in memory: moments of a
+    channels-last convolution in the order of the file would be those of other weights, without a word.
+    """
+    if moment.shape != parameter.shape:
+        return moment.to(parameter.device)
+    return torch.empty_like(parameter, dtype=moment.dtype, requires_grad=False).copy_(moment)
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ class Net(nn.Module):
 def give_gradients(module, seed):
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = torch.empty_like(parameter).copy_(torch.randn(parameter.shape, generator=generator))
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (40, 90), (90, 40)])
@@ -110,17 +110,28 @@ def test_a_parameter_without_gradient_stays():
     assert torch.equal(weight.detach(), torch.ones(32, 32))
 
 
-def test_going_on_from_a_checkpoint_is_bit_for_bit_never_having_stopped():
-    through = Net()
-    state = State(through, MUON, {})
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_going_on_from_a_checkpoint_is_bit_for_bit_never_having_stopped(order, optimizer):
+    loop = replace(MUON, optimizer=optimizer)
+    through = Net().to(memory_format=order)
+    state = State(through, loop, {})
     for seed in range(3):
         give_gradients(through, seed)
         state.optimizer.step()
     groups, meta = state.pack()
-    assert {"wide.weight.momentum", "norm.weight.exp_avg"} <= set(groups["optimizer"])
-    later = Net()
-    resumed = State(later, MUON, {})
-    resumed.unpack({kind: {k: v.clone() for k, v in group.items()} for kind, group in groups.items()}, meta, "here")
+    kept = "momentum" if optimizer == "muon" else "exp_avg"
+    assert {f"wide.weight.{kept}", "norm.weight.exp_avg"} <= set(groups["optimizer"])
+    later = Net().to(memory_format=order)
+    resumed = State(later, loop, {})
+    resumed.unpack(
+        {
+            kind: {k: v.clone(memory_format=torch.contiguous_format) for k, v in group.items()}
+            for kind, group in groups.items()
+        },
+        meta,
+        "here",
+    )
     for module, at in ((through, state), (later, resumed)):
         give_gradients(module, 9)
         at.optimizer.step()
