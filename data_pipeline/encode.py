@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.pictures import CAPTIONS, SHARDS, fit, picture_size, read_captions, read_pictures, shard_inputs
-from raphael.config import Config, Preset
+from raphael.config import Config
+from raphael.preset import Preset
 from raphael.stage import Stage, StageError, file_sha256, main, write_json
 from raphael.strict import to_dict
 

@@ -66,9 +66,7 @@ def _train(
     torch.manual_seed(config.seed)
     autoencoder = build_autoencoder(settings)
     autoencoder.to(memory_format=torch.channels_last)
-    objective = AutoencodingObjective(
-        autoencoder, settings.kl_weight, settings.gradient_weight, settings.crop_px
-    )
+    objective = AutoencodingObjective(autoencoder, settings.kl_weight, settings.gradient_weight, settings.crop_px)
     with stage.progress(settings.loop.num_images, "images") as bar:
         hooks = Hooks(progress=lambda images: bar.update(images - bar.bar.n))
         data = TrainingData(pictures, rows)

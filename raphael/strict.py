@@ -81,10 +81,7 @@ def load(cls: type[T], data: Any, file: str, key: str = "") -> T:
 
 def to_dict(instance: Any) -> dict[str, Any]:
     """The dataclass as plain mappings and lists, so that `load(cls, to_dict(x), ...) == x`."""
-    return {
-        field.name: _plain(getattr(instance, field.name))
-        for field in dataclasses.fields(instance)
-    }
+    return {field.name: _plain(getattr(instance, field.name)) for field in dataclasses.fields(instance)}
 
 
 def describe(hint: Any) -> str:

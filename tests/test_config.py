@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 import pytest
 import yaml
 
-from raphael.config import PRESETS, Config, load_config, load_preset
+from raphael.config import Config, load_config
+from raphael.preset import PRESETS, load_preset
 from raphael.strict import ConfigError, Range, load, to_dict
 
 PARAMS = Path(__file__).parents[1] / "params.yaml"
@@ -40,7 +41,10 @@ def test_what_is_loaded_can_be_written_and_loaded_again():
         ({"innr": 1}, "f.yaml: unknown key innr; did you mean inner? (accepted: inner, sizes, limit, on)"),
         ({"inner": {"share": 0.5}}, "f.yaml: missing key inner.name (one of a, b)"),
         ({"inner": {"share": 1.5, "name": "a"}}, "f.yaml: inner.share: got 1.5, expected a number from 0 to 1"),
-        ({"inner": {"share": float("nan"), "name": "a"}}, "f.yaml: inner.share: got nan, expected a number from 0 to 1"),  # noqa: E501
+        (
+            {"inner": {"share": float("nan"), "name": "a"}},
+            "f.yaml: inner.share: got nan, expected a number from 0 to 1",
+        ),  # noqa: E501
         ({"inner": {"share": "x", "name": "a"}}, "f.yaml: inner.share: got 'x', expected a number from 0 to 1"),
         ({"inner": {"share": 0, "name": "c"}}, "f.yaml: inner.name: got 'c', expected one of a, b"),
         ({"inner": 3}, "f.yaml: inner: got 3, expected a mapping of settings"),

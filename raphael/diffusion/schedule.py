@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from raphael.config import DiffusionConfig
+from raphael.preset import DiffusionConfig
 
 
 class Schedule:

@@ -39,7 +39,7 @@ def edge_map(
 def sobel(image: np.ndarray, threshold: float) -> np.ndarray:
     """Gradient magnitude, in each pixel the largest of the three colours': red beside green is an edge, grey or not."""
     dx, dy = _gradients(image)
-    strength = np.hypot(dx.astype(np.float32), dy.astype(np.float32)).max(axis=-1)      # (H,W)
+    strength = np.hypot(dx.astype(np.float32), dy.astype(np.float32)).max(axis=-1)  # (H,W)
     strongest = float(strength.max())
     if strongest < WEAKEST_RESPONSE:
         return np.zeros(strength.shape, np.uint8)

@@ -73,4 +73,3 @@ def one_line(what: str, spec: str, expected: str) -> Iterator[None]:
 
 def size_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-

@@ -91,15 +91,15 @@ class OpenClipText(TextEncoder):
 
     def _encode(self, token_ids: Tensor) -> TextEncoding:
         length = self.context_length
-        x = self.token_embedding(token_ids) + self.positional_embedding[:length]                 # (B,N,dim)
+        x = self.token_embedding(token_ids) + self.positional_embedding[:length]  # (B,N,dim)
         x = self.transformer(x, attn_mask=self.attn_mask[:length, :length])
         context = self.ln_final(x)
-        last = (token_ids == self.tokenizer.eot_token_id).int().argmax(dim=1)                    # (B,)
-        pooled = context[torch.arange(len(context), device=context.device), last]                # (B,dim)
+        last = (token_ids == self.tokenizer.eot_token_id).int().argmax(dim=1)  # (B,)
+        pooled = context[torch.arange(len(context), device=context.device), last]  # (B,dim)
         if isinstance(self.text_projection, nn.Linear):
             pooled = self.text_projection(pooled)
         elif self.text_projection is not None:
-            pooled = pooled @ self.text_projection                                               # (B,D)
+            pooled = pooled @ self.text_projection  # (B,D)
         return TextEncoding(context.float(), self._mask(token_ids), pooled.float())
 
     def _mask(self, token_ids: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from raphael.config import Preset, load_preset
 from raphael.net.unet import RaphaelBlock, UNet
+from raphael.preset import Preset, load_preset
 
 CLIP_VOCABULARY = 49408
 # bf16 training with AdamW: bytes a trained parameter

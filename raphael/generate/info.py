@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from raphael.checkpoint import read_checkpoint
-from raphael.config import UNetConfig, load_preset
 from raphael.net.unet import UNet
+from raphael.preset import UNetConfig, load_preset
 from raphael.stage import StageError
 from raphael.strict import load, to_dict
 

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 
 from raphael.checkpoint import checkpoint_sha256, load_weights, read_checkpoint
-from raphael.config import DiffusionConfig, SamplerName, ThresholdKind, UNetConfig
+from raphael.config import SamplerName, ThresholdKind
 from raphael.diffusion.denoiser import TextCondition
 from raphael.diffusion.schedule import Schedule
 from raphael.encoders.autoencoder import load_autoencoder
 from raphael.encoders.text import load_text_encoder
 from raphael.net.unet import UNet
+from raphael.preset import DiffusionConfig, UNetConfig
 from raphael.sampling import Parts, PictureSeed, Sampling, decode_pictures, draw_latents
 from raphael.stage import StageError
 from raphael.strict import load

@@ -16,9 +16,7 @@ class EdgeHead(nn.Module):
     def __init__(self, context_length: int, channels: int, num_layers: int):
         super().__init__()
         widths = [context_length] + [channels] * (num_layers - 1) + [1]
-        self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths[:-1], widths[1:], strict=True))
 
     def forward(
         self,

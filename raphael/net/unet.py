@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from raphael.config import UNetConfig
 from raphael.net.attention import AttentionBias, AttentionEdit, AttentionSite, CrossAttention, SelfAttention
 from raphael.net.edge import EdgeHead
 from raphael.net.layers import Downsample, ResBlock, TimeEmbedding, Upsample
 from raphael.net.memory import BlockText, TextMemory
 from raphael.net.moe import Routing, SpaceMoE, TimeMoE, check_context_mask
+from raphael.preset import UNetConfig
 
 
 @dataclass

@@ -29,12 +29,12 @@ class AutoencodingObjective(nn.Module):
         self.kl_weight, self.gradient_weight, self.crop_px = kl_weight, gradient_weight, crop_px
 
     def forward(self, batch: dict[str, Tensor], rng: SampleRng) -> dict[str, Tensor]:
-        images = to_network_range(self._crop(batch[IMAGE], rng))            # (B,3,H,W) in [-1,1]
-        moments = self.autoencoder.encode_moments(images).float()           # (B,2C,h,w)
+        images = to_network_range(self._crop(batch[IMAGE], rng))  # (B,3,H,W) in [-1,1]
+        moments = self.autoencoder.encode_moments(images).float()  # (B,2C,h,w)
         mean, log_variance = moments.chunk(2, dim=1)
-        noise = rng.normal("posterior", mean.shape[1:]).to(mean.device)     # (B,C,h,w)
+        noise = rng.normal("posterior", mean.shape[1:]).to(mean.device)  # (B,C,h,w)
         latents = mean + (0.5 * log_variance.clamp(-30.0, 20.0)).exp() * noise
-        reconstructions = self.autoencoder.decode_raw(latents).float()      # (B,3,H,W)
+        reconstructions = self.autoencoder.decode_raw(latents).float()  # (B,3,H,W)
         l1 = (images - reconstructions).abs().mean()
         gradient = gradient_l1(images, reconstructions)
         kl = kl_divergence(moments).mean()

@@ -33,9 +33,9 @@ class ContrastiveObjective(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, batch: dict[str, Tensor], rng: SampleRng) -> dict[str, Tensor]:
-        pixels = (batch[IMAGE].permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std     # (B,3,H,W)
-        images = self.clip.encode_image(pixels)                                              # (B,D)
-        texts = self.clip.encode_text(batch[TOKEN_IDS].long())                               # (B,D)
+        pixels = (batch[IMAGE].permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std  # (B,3,H,W)
+        images = self.clip.encode_image(pixels)  # (B,D)
+        texts = self.clip.encode_text(batch[TOKEN_IDS].long())  # (B,D)
         loss, accuracy = contrastive_loss(images.float(), texts.float(), self.clip.logit_scale.float())
         scale = self.clip.logit_scale.detach().clamp(max=MAX_LOG_SCALE).exp()
         return {"loss": loss, "accuracy": accuracy, "scale": scale}

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raphael.config import DiffusionConfig, TrainConfig
+from raphael.config import TrainConfig
 from raphael.diffusion.denoiser import TextCondition
 from raphael.diffusion.latents import sample_latents
 from raphael.diffusion.schedule import Schedule
 from raphael.net.edge import focal_loss
 from raphael.net.unet import BlockOutput, GateNoise, UNet
+from raphael.preset import DiffusionConfig
 from raphael.randomness import SampleRng
 from raphael.records import EDGES, MOMENTS, TOKEN_IDS
 

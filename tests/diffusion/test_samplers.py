@@ -6,10 +6,11 @@ import pytest
 import torch
 from truth.closed_form_diffusion import COND, MEAN, SPREAD, Mixture, exact_flow, gaussian_denoiser, no_noise, starts
 
-from raphael.config import DiffusionConfig, SamplerName
+from raphael.config import SamplerName
 from raphael.diffusion.denoiser import NetworkDenoiser
 from raphael.diffusion.samplers import ddim, dpmpp_2m, euler, heun, sample, unipc
 from raphael.diffusion.schedule import Schedule
+from raphael.preset import DiffusionConfig
 
 CONFIG = DiffusionConfig(1000, "scaled_linear", 0.00085, 0.012, "eps", False)
 ZERO_SNR = replace(CONFIG, prediction="v", zero_terminal_snr=True)

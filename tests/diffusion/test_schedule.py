@@ -4,9 +4,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from raphael.config import DiffusionConfig
 from raphael.diffusion.latents import sample_latents
 from raphael.diffusion.schedule import Schedule
+from raphael.preset import DiffusionConfig
 
 CONFIG = DiffusionConfig(1000, "linear", 1e-4, 0.02, "eps", False)
 SCHEDULES = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "cosine": (1e-4, 0.02)}

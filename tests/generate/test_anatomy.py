@@ -4,9 +4,10 @@ import pytest
 import torch
 import yaml
 
-from raphael.config import PRESETS, load_config, load_preset
+from raphael.config import load_config
 from raphael.generate.anatomy import active_parameters, build_parts, count_flops, model_text, num_parameters, runs
 from raphael.net.moe import SpaceMoE
+from raphael.preset import PRESETS, load_preset
 
 SIZES = {"tiny": (1e6, 30e6), "small": (90e6, 115e6), "sd": (2.1e9, 2.25e9), "raphael-3b": (2.85e9, 3.15e9)}
 

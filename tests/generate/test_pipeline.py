@@ -9,9 +9,10 @@ import pytest
 import torch
 from truth.tiny_raphael import write_pipeline
 
-from raphael.config import DiffusionConfig, GenerateConfig, SamplerName, load_config
+from raphael.config import GenerateConfig, SamplerName, load_config
 from raphael.diffusion.schedule import Schedule
 from raphael.generate.pipeline import RaphaelPipeline, picture_seeds
+from raphael.preset import DiffusionConfig
 from raphael.sampling import Parts, Sampling, draw_images, draw_latents, image_grid, sampling_of
 from raphael.stage import StageError
 

@@ -3,10 +3,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from raphael.config import load_preset
 from raphael.net.attention import AttentionSite, CrossAttention, SelfAttention
 from raphael.net.layers import sinusoidal_embedding
 from raphael.net.unet import GateNoise, UNet
+from raphael.preset import load_preset
 
 CONFIG = load_preset("tiny-debug").unet
 

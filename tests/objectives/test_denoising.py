@@ -3,10 +3,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from raphael.config import load_config, load_preset
+from raphael.config import load_config
 from raphael.diffusion.denoiser import TextCondition
 from raphael.net.unet import UNet
 from raphael.objectives.denoising import DenoisingObjective, LatentScale, min_snr_weights, shifted
+from raphael.preset import load_preset
 from raphael.randomness import SampleRng
 from raphael.records import EDGES, MOMENTS, TOKEN_IDS
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from raphael.config import AutoencoderConfig, ClipConfig, UNetConfig, load_config, load_preset
+from raphael.config import AutoencoderConfig, ClipConfig, load_config
+from raphael.preset import UNetConfig, load_preset
 from raphael.strict import to_dict
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from raphael.config import Config, load_config, load_preset
+from raphael.config import Config, load_config
+from raphael.preset import load_preset
 from raphael.records import EDGES, MOMENTS, TOKEN_IDS, RecordWriter
 from raphael.stage import write_json
 from raphael.strict import to_dict
