@@ -30,9 +30,13 @@ class UNetConfig:
     norm_groups: Count
     context_dim: Count
     context_length: Count  # n_y: tokens of a caption, padding included
+    time_layer: Literal["moe", "dense", "none"]  # dense: a plain feed-forward where the mixture stands
+    space_layer: Literal["moe", "dense", "none"]
     num_space_experts: Count
     num_time_experts: Count
     expansion: Positive  # hidden width of an expert / width of the block
+    dense_expansion: Positive  # hidden width of a dense layer / width of the block
+    dense_activation: Literal["gelu", "geglu"]  # geglu: two hidden halves, one the gate, as in Stable Diffusion
     mask_threshold: Share  # alpha: M_hat = [M >= alpha * max M]
     gate_hidden: Annotated[float, Range(0.01)]  # hidden width of a gate / width of its input
     gate_noise: Annotated[float, Range(0)]  # standard deviation of eps, added after the softmax, in training only
@@ -40,7 +44,8 @@ class UNetConfig:
     mean_over: Literal["all_tokens", "real_tokens"]  # the paper's 1/n_y is all 77; tiny leaves padding out
     edge_channels: Count
     edge_layers: Annotated[int, Range(2)]
-    edge_tokens: Literal["all", "last"]  # whose maps the edge head reads; last: the closing token's, figure 7 shows it
+    edge_tokens: Literal["all", "last", "none"]  # whose maps the edge head reads; last: the closing token's, figure 7
+    # shows it; none: no edge heads
     moe_residual: bool  # h + MoE(h) around both mixtures; the paper writes none
     moe_norm: bool  # LayerNorm per pixel before both mixtures; the paper writes none
     pooled_text: bool  # res-blocks also read the caption as a whole (not in the paper; gates never do)

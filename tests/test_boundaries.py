@@ -15,7 +15,9 @@ PROJECT = Path(__file__).resolve().parent.parent
 ROOMS = ("raphael", "data_pipeline", "flows", "tests", "benchmarks")
 STANDARD = set(sys.stdlib_module_names)
 LONGEST_FILE, LONGEST_FUNCTION, LONGEST_LOOP, MOST_ARGUMENTS = 400, 60, 150, 8
-GROUND_FLOOR = set("checkpoint config manifest precision preset randomness records sampling stage strict tracking".split())
+GROUND_FLOOR = set(
+    "checkpoint config manifest precision preset randomness records sampling stage strict tracking".split()
+)
 PURE = ("raphael/net/", "raphael/diffusion/", "raphael/objectives/", "raphael/train/loop.py")
 PURE_MAY = {"torch", "numpy", "einops"}
 LONG_BY_CONTRACT = {("raphael/generate/pipeline.py", "__call__")}  # diffusers' argument names

@@ -124,9 +124,12 @@ def interval_chart(rows: Sequence[dict[str, Any]], width: int = 640) -> str:
 def routes_chart(words: Sequence[dict[str, Any]], num_experts: int, width: int = 960) -> str:
     """Every word's way through the blocks: a column a block, in it one slot per expert, a ribbon a word.
 
-    words: {"word", "experts": [one per block]}. Words that share an expert run side by side in its slot.
+    words: {"word", "experts": [one per block]}. Words that share an expert run side by side in its slot. "" where no
+    block has Space-MoE.
     """
     blocks = len(words[0]["experts"])
+    if not blocks:
+        return ""
     crowd = max(sum(w["experts"][b] == word["experts"][b] for w in words) for word in words for b in range(blocks))
     thick = 5.5
     slot = max(34.0, thick * 1.4 * crowd + 12)  # as high as the fullest slot needs
@@ -171,7 +174,12 @@ def routes_chart(words: Sequence[dict[str, Any]], num_experts: int, width: int =
 
 
 def time_chart(times: dict[str, Any], width: int = 960) -> str:
-    """Blocks x timesteps, coloured by the time expert in charge; noise at the left, as a picture comes to be."""
+    """Blocks x timesteps, coloured by the time expert in charge; noise at the left, as a picture comes to be.
+
+    "" where no block has Time-MoE.
+    """
+    if not times["experts"]:
+        return ""
     timesteps, experts = times["timesteps"][::-1], [row[::-1] for row in times["experts"]]
     left, top, row_px = 118, 22, 20
     height = top + row_px * len(experts) + 24

@@ -62,8 +62,10 @@ def active_parameters(unet: UNet) -> int:
     """
     idle = 0
     for block in unet.transformer_blocks():
-        num = block.time_moe.gate.num_experts
-        idle += num_parameters(block.time_moe.experts) // num * (num - 1) + num_parameters(block.edge_head)
+        if block.time_moe is not None:
+            num = block.time_moe.gate.num_experts
+            idle += num_parameters(block.time_moe.experts) // num * (num - 1)
+        idle += num_parameters(block.edge_head) if block.edge_head is not None else 0
     return num_parameters(unet) - idle
 
 

@@ -62,6 +62,7 @@ def _kind(name: str) -> str:
         ("self_attention", "attention"),
         ("cross_attention", "attention"),
         ("edge_head", "edge heads"),
+        ("_dense", "feed-forwards"),
     ):
         if part in name:
             return kind

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,26 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:  # (B,) -> (B, dim)
         return self.net(sinusoidal_embedding(t, self.channels).to(self.net[0].weight.dtype))
+
+
+class FeedForward(nn.Module):
+    """A plain feed-forward per pixel: W2 gelu(W1 h); with geglu W2 (W1 h * gelu(G h)) (arXiv 2002.05202).
+
+    GELU is the tanh form, as in the experts. hidden = dim * expansion; geglu has three matrices of that size, gelu two.
+    """
+
+    def __init__(self, dim: int, expansion: float, activation: Literal["gelu", "geglu"] = "gelu"):
+        super().__init__()
+        self.gated, hidden = activation == "geglu", round(dim * expansion)
+        self.wide = nn.Linear(dim, 2 * hidden if self.gated else hidden)
+        self.narrow = nn.Linear(hidden, dim)
+
+    def forward(self, h: Tensor) -> Tensor:  # (..., dim) -> (..., dim)
+        h = self.wide(h)
+        if self.gated:
+            h, gate = h.chunk(2, dim=-1)
+            return self.narrow(h * F.gelu(gate, approximate="tanh"))
+        return self.narrow(F.gelu(h, approximate="tanh"))
 
 
 class ResBlock(nn.Module):

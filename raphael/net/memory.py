@@ -22,7 +22,7 @@ class BlockText:
     """One block's view of a batch of texts."""
 
     keys_values: tuple[Tensor, Tensor]  # each (B, H, N, D/H)
-    choice: tuple[Tensor, Tensor, Tensor]  # of the space gate: expert, probability, weight
+    choice: tuple[Tensor, Tensor, Tensor] | None  # of the space gate: expert, probability, weight; None: no Space-MoE
 
 
 class TextReader(Protocol):

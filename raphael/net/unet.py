@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from raphael.net.attention import AttentionBias, AttentionEdit, AttentionSite, CrossAttention, SelfAttention
 from raphael.net.edge import EdgeHead
-from raphael.net.layers import Downsample, ResBlock, TimeEmbedding, Upsample
+from raphael.net.layers import Downsample, FeedForward, ResBlock, TimeEmbedding, Upsample
 from raphael.net.memory import BlockText, TextMemory
 from raphael.net.moe import Routing, SpaceMoE, TimeMoE, check_context_mask
 from raphael.preset import UNetConfig
@@ -29,9 +29,9 @@ class GateNoise:
 class BlockOutput:
     """What one transformer block shows besides its features."""
 
-    edge_logits: Tensor | None  # (B, 1, h, w), in training or when collected
-    space: Routing
-    time: Routing
+    edge_logits: Tensor | None  # (B, 1, h, w), in training or when collected; None where the preset has no edge heads
+    space: Routing | None  # None where the layer is not a mixture
+    time: Routing | None
     attention: Tensor | None  # (B, h*w, N), averaged over heads; only when collected
     height: int
     width: int
@@ -63,6 +63,7 @@ class RaphaelBlock(nn.Module):
     """h += self-attention; h += cross-attention; h += Time-MoE; h += Space-MoE, each behind a LayerNorm per pixel.
 
     The order is the paper's (section 3.1); residuals and norms are ours (docs/decisions.md): the paper writes none.
+    Either mixture may be a plain feed-forward instead, or nothing (time_layer, space_layer): the arms of an ablation.
     """
 
     def __init__(self, config: UNetConfig, dim: int, time_dim: int, index: int):
@@ -79,14 +80,23 @@ class RaphaelBlock(nn.Module):
             "gate_noise": config.gate_noise,
             "gate_gradient": config.gate_gradient,
         }
-        self.time_moe = TimeMoE(dim, time_dim, config.num_time_experts, **gate)
-        self.space_moe = SpaceMoE(
-            dim, config.context_dim, config.num_space_experts, mask_threshold=config.mask_threshold, **gate
-        )
+        self.time_moe = self.space_moe = self.edge_head = None
+        if config.time_layer == "moe":
+            self.time_moe = TimeMoE(dim, time_dim, config.num_time_experts, **gate)
+        if config.space_layer == "moe":
+            self.space_moe = SpaceMoE(
+                dim, config.context_dim, config.num_space_experts, mask_threshold=config.mask_threshold, **gate
+            )
+        dense = [
+            FeedForward(dim, config.dense_expansion, config.dense_activation) if layer == "dense" else None
+            for layer in (config.time_layer, config.space_layer)
+        ]
+        self.time_dense, self.space_dense = dense
         self.residual = config.moe_residual
         self.edge_tokens = config.edge_tokens
-        edge_inputs = config.context_length if config.edge_tokens == "all" else 1
-        self.edge_head = EdgeHead(edge_inputs, config.edge_channels, config.edge_layers)
+        if config.edge_tokens != "none":
+            edge_inputs = config.context_length if config.edge_tokens == "all" else 1
+            self.edge_head = EdgeHead(edge_inputs, config.edge_channels, config.edge_layers)
         self.out = nn.Conv2d(dim, dim, 1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
@@ -107,20 +117,27 @@ class RaphaelBlock(nn.Module):
             self.norms[1](h), cond.context, cond.context_mask, site, cond.bias, cond.edit, text and text.keys_values
         )
         h = h + term
-        term, time = self.time_moe(self.norms[2](h), cond.time, noise=noise and noise.time[:, self.index])
-        h = h + term if self.residual else term
-        term, space = self.space_moe(
-            self.norms[3](h),
-            cond.context,
-            attention,
-            cond.context_mask,
-            noise=noise and noise.space[:, self.index],
-            choice=text and text.choice,
-        )
-        h = h + term if self.residual else term
+        time = space = None
+        if self.time_moe is not None:
+            term, time = self.time_moe(self.norms[2](h), cond.time, noise=noise and noise.time[:, self.index])
+            h = h + term if self.residual else term
+        elif self.time_dense is not None:
+            h = h + self.time_dense(self.norms[2](h))
+        if self.space_moe is not None:
+            term, space = self.space_moe(
+                self.norms[3](h),
+                cond.context,
+                attention,
+                cond.context_mask,
+                noise=noise and noise.space[:, self.index],
+                choice=text and text.choice,
+            )
+            h = h + term if self.residual else term
+        elif self.space_dense is not None:
+            h = h + self.space_dense(self.norms[3](h))
         out = x + self.out(h.mT.unflatten(2, (height, width)))
         edges = None
-        if self.training or cond.collect:
+        if self.edge_head is not None and (self.training or cond.collect):
             edges = self.edge_head(self._edge_maps(attention, cond), height, width)
         return out, BlockOutput(edges, space, time, attention if cond.collect else None, height, width)
 
@@ -134,10 +151,12 @@ class RaphaelBlock(nn.Module):
 
     def read_text(self, context: Tensor) -> BlockText:
         """What this block makes of context (B, N, C) whatever the picture and the timestep are."""
-        return BlockText(self.cross_attention.keys_values(context), self.space_moe.gate(context))
+        choice = None if self.space_moe is None else self.space_moe.gate(context)
+        return BlockText(self.cross_attention.keys_values(context), choice)
 
     def text_weights(self) -> list[Tensor]:
-        return [self.cross_attention.kv.weight, self.space_moe.gate.balance_bias, *self.space_moe.gate.parameters()]
+        gate = [] if self.space_moe is None else [self.space_moe.gate.balance_bias, *self.space_moe.gate.parameters()]
+        return [self.cross_attention.kv.weight, *gate]
 
 
 class UNet(nn.Module):
@@ -244,15 +263,20 @@ class UNet(nn.Module):
     def space_routes(self, context: Tensor) -> Tensor:
         """Which space expert every token takes: context (B, N, context_dim) -> (blocks, B, N) int64, without noise.
 
-        A route depends on the token's encoding alone, not on the picture nor on the timestep.
+        A route depends on the token's encoding alone, not on the picture nor on the timestep. (0, B, N) where
+        the preset has no Space-MoE.
         """
-        return torch.stack([block.space_moe.gate.route(context) for block in self.transformer_blocks()])
+        gates = [block.space_moe.gate for block in self.transformer_blocks() if block.space_moe is not None]
+        none = torch.empty(0, *context.shape[:2], dtype=torch.int64, device=context.device)
+        return torch.stack([gate.route(context) for gate in gates]) if gates else none
 
     @torch.no_grad()
     def time_routes(self, t: Tensor) -> Tensor:
-        """Which time expert every timestep takes: t (T,) -> (blocks, T) int64, without noise."""
+        """Which time expert every timestep takes: t (T,) -> (blocks, T) int64; (0, T) without Time-MoE. No noise."""
         embedding = self.time_embedding(t)
-        return torch.stack([block.time_moe.gate.route(embedding) for block in self.transformer_blocks()])
+        gates = [block.time_moe.gate for block in self.transformer_blocks() if block.time_moe is not None]
+        none = torch.empty(0, len(t), dtype=torch.int64, device=t.device)
+        return torch.stack([gate.route(embedding) for gate in gates]) if gates else none
 
     def time_balance_loss(self, t: Tensor) -> Tensor:
         """Switch's balance loss K sum_k f_k P_k of the time gates over the timesteps t (T,), mean over blocks, scalar.

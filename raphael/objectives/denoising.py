@@ -15,7 +15,7 @@ from raphael.diffusion.denoiser import TextCondition
 from raphael.diffusion.latents import sample_latents
 from raphael.diffusion.schedule import Schedule
 from raphael.net.edge import focal_loss
-from raphael.net.unet import BlockOutput, GateNoise, UNet
+from raphael.net.unet import BlockOutput, GateNoise, UNet, UNetOutput
 from raphael.preset import DiffusionConfig
 from raphael.randomness import SampleRng
 from raphael.records import EDGES, MOMENTS, TOKEN_IDS
@@ -49,6 +49,8 @@ class DenoisingObjective(nn.Module):
         scale: LatentScale,
     ):
         super().__init__()
+        if config.edge_weight and unet.config.edge_tokens == "none":
+            raise ValueError(f"edge_weight: got {config.edge_weight:g}, expected 0: the preset has no edge heads")
         self.unet = unet
         self.encode_text = encode_text
         self.register_buffer("empty_tokens", empty_tokens.long(), persistent=False)
@@ -85,7 +87,7 @@ class DenoisingObjective(nn.Module):
         losses = {
             "denoise": self._denoise_loss(output.prediction.float(), target, t),
             "edge": self._edge_loss(output.blocks, batch[EDGES], t),
-            "balance": self._balance_loss(output.blocks),
+            "balance": self._balance_loss(output),
         }
         if self.training and self.config.balance == "loss_free":
             self._rebalance(output.blocks)
@@ -115,6 +117,8 @@ class DenoisingObjective(nn.Module):
 
         Dividing by the batch and not by the number of samples below T_c keeps it finite and independent of the split.
         """
+        if self.unet.config.edge_tokens == "none":
+            return torch.zeros((), device=t.device)
         target = edges.float().unsqueeze(1) / 255.0
         per_block = []
         for block in blocks:
@@ -128,11 +132,16 @@ class DenoisingObjective(nn.Module):
         per_sample = torch.stack(per_block).mean(0)
         return (per_sample * (t <= self.config.edge_max_timestep)).sum() / len(t)
 
-    def _balance_loss(self, blocks: list[BlockOutput]) -> Tensor:
+    def _balance_loss(self, output: UNetOutput) -> Tensor:
+        """Switch's loss of the space gates and of the time gates, each the mean over blocks, where they are."""
+        loss, config = output.prediction.new_zeros((), dtype=torch.float32), self.unet.config
         if self.config.balance != "switch" or self.config.balance_weight == 0:
-            return blocks[0].edge_logits.new_zeros(())
-        space = torch.stack([block.space.balance_loss().mean() for block in blocks]).mean()
-        return space + self.unet.time_balance_loss(self.balance_timesteps)
+            return loss
+        if config.space_layer == "moe":
+            loss = loss + torch.stack([block.space.balance_loss().mean() for block in output.blocks]).mean()
+        if config.time_layer == "moe":
+            loss = loss + self.unet.time_balance_loss(self.balance_timesteps)
+        return loss
 
     @torch.no_grad()
     def _rebalance(self, blocks: list[BlockOutput]) -> None:
@@ -141,14 +150,18 @@ class DenoisingObjective(nn.Module):
         Space gates: the tokens of the whole batch, over all workers (whole numbers, so that their sum is exact); time
         gates: a fixed grid of timesteps. The biases are buffers: saved with the weights, equal on every worker.
         """
-        counts = torch.stack([block.space.counts() for block in blocks])
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(counts)
-        times = self.unet.time_routes(self.balance_timesteps)
-        for block, space, time in zip(self.unet.transformer_blocks(), counts, times, strict=True):
-            block.space_moe.gate.rebalance(space, self.config.balance_rate)
-            num = block.time_moe.gate.num_experts
-            block.time_moe.gate.rebalance(torch.bincount(time, minlength=num).float(), self.config.balance_rate)
+        config, rate = self.unet.config, self.config.balance_rate
+        if config.space_layer == "moe":
+            counts = torch.stack([block.space.counts() for block in blocks])
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(counts)
+            for block, space in zip(self.unet.transformer_blocks(), counts, strict=True):
+                block.space_moe.gate.rebalance(space, rate)
+        if config.time_layer == "moe":
+            times = self.unet.time_routes(self.balance_timesteps)
+            for block, time in zip(self.unet.transformer_blocks(), times, strict=True):
+                count = torch.bincount(time, minlength=config.num_time_experts).float()
+                block.time_moe.gate.rebalance(count, rate)
 
 
 def shifted(u: Tensor, shift: float) -> Tensor:
@@ -176,8 +189,11 @@ def min_snr_weights(alpha_bar: Tensor, gamma: float, prediction: Literal["eps", 
 def _expert_statistics(blocks: list[BlockOutput]) -> dict[str, Tensor]:
     statistics = {}
     for index, block in enumerate(blocks):
-        statistics[f"cover/block{index:02d}"] = block.space.cover.mean()
+        if block.space is not None:
+            statistics[f"cover/block{index:02d}"] = block.space.cover.mean()
         for kind, routing in (("space", block.space), ("time", block.time)):
+            if routing is None:
+                continue
             for k, share in enumerate(routing.load()):
                 statistics[f"{kind}_load/block{index:02d}_expert{k}"] = share
     return statistics

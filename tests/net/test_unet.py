@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from raphael.net.attention import AttentionSite, CrossAttention, SelfAttention
-from raphael.net.layers import sinusoidal_embedding
+from raphael.net.layers import FeedForward, sinusoidal_embedding
 from raphael.net.unet import GateNoise, UNet
 from raphael.preset import load_preset
 
@@ -243,3 +243,51 @@ def test_without_residual_and_norm_a_block_is_the_printed_chain():
         features = torch.randn(2, block.norm_in.num_channels, 8, 8)
         time = net.time_embedding(t)
         assert torch.equal(block(features, Conditioning(time, time, context, None))[0], features)
+
+
+@pytest.mark.parametrize(("kind", "attribute"), [("space", "space_moe"), ("time", "time_moe")])
+@pytest.mark.parametrize("layer", ["dense", "none"])
+def test_a_mixture_may_be_a_plain_feed_forward_or_nothing(kind, attribute, layer):
+    net = unet(**{f"{kind}_layer": layer})
+    x, t, context, mask = inputs()
+    output = net(x, t, context, mask, collect=True)
+    for module, block in zip(net.transformer_blocks(), output.blocks, strict=True):
+        assert getattr(module, attribute) is None and getattr(block, kind) is None
+        assert (getattr(module, f"{kind}_dense") is None) == (layer == "none")
+    routes = net.space_routes(context) if kind == "space" else net.time_routes(t)
+    assert len(routes) == 0 and output.prediction.isfinite().all()
+    with net.remembering(), torch.no_grad():
+        torch.testing.assert_close(net(x, t, context, mask).prediction, output.prediction)
+
+
+def test_a_dense_layer_is_the_feed_forward_of_its_formula_with_and_without_a_gate():
+    h = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    gelu = torch.nn.GELU(approximate="tanh")
+    plain, gated = FeedForward(8, 4), FeedForward(8, 4, "geglu")
+    torch.testing.assert_close(plain(h), plain.narrow(gelu(plain.wide(h))))
+    value, gate = gated.wide(h)[..., :32], gated.wide(h)[..., 32:]
+    torch.testing.assert_close(gated(h), gated.narrow(value * gelu(gate)))
+
+
+def test_without_edge_heads_there_are_no_edges_and_the_rest_is_the_same():
+    x, t, context, mask = inputs()
+    output = unet(edge_tokens="none").train()(x, t, context, mask, collect=True)
+    assert all(block.edge_logits is None for block in output.blocks)
+
+
+def test_a_dense_layer_of_the_experts_joint_width_costs_what_the_mixture_costs():
+    """Equal floating-point operations, as the ablation's arms claim: K experts of expansion e against one of K e."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def flops(**changes):
+        with torch.device("meta"):
+            net = UNet(replace(load_preset("tiny").unet, **changes)).eval()
+            size = (1, 4, 16, 16), (1,), (1, 32, 128)
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                net(*(torch.empty(*shape) for shape in size))
+        return counter.get_total_flops()
+
+    full = flops()
+    assert flops(space_layer="dense", dense_expansion=8) == pytest.approx(full, rel=0.02)
+    assert flops(time_layer="dense", dense_expansion=2) == pytest.approx(full, rel=0.02)
+    assert flops(time_layer="none", space_layer="dense", dense_expansion=10) == pytest.approx(full, rel=0.02)

@@ -20,13 +20,13 @@ def encode_text(tokens):
     return TextCondition(TABLE[tokens], tokens > 0)
 
 
-def objective(prediction="v", **changes):
+def objective(prediction="v", unet=None, **changes):
     from pathlib import Path
 
     torch.manual_seed(0)
     changes = {"latents": "sample", "timestep_shift": 1.0, **changes}
     config = replace(load_config(Path(__file__).parents[2] / "params.yaml").train, **changes)
-    net = UNet(SHAPE)
+    net = UNet(replace(SHAPE, **(unet or {})))
     with torch.no_grad():
         for parameter in net.parameters():
             if not parameter.any():
@@ -253,3 +253,24 @@ def test_edges_can_be_judged_at_the_size_of_the_targets():
     at_map, at_target = (objective(edge_resolution=name) for name in ("map", "target"))
     one, other = (target(batch(range(4)), rng(range(4)))["edge"] for target in (at_map, at_target))
     assert one.isfinite() and other.isfinite() and one != other
+
+
+@pytest.mark.parametrize("balance", ["switch", "loss_free"])
+@pytest.mark.parametrize(
+    "unet", [{"space_layer": "dense"}, {"time_layer": "none"}, {"space_layer": "none", "time_layer": "dense"}]
+)
+def test_the_loss_of_a_network_without_a_mixture_has_only_the_parts_that_it_has(unet, balance):
+    target = objective(unet=unet, balance=balance)
+    losses = target(batch(range(4)), rng(range(4)))
+    losses["loss"].backward()
+    loads = {name.split("_load")[0] for name in losses if "_load/" in name}
+    assert loads == {kind for kind in ("space", "time") if unet.get(f"{kind}_layer", "moe") == "moe"}
+    if len(loads) == 0:
+        assert losses["balance"] == 0
+
+
+def test_without_edge_heads_the_edge_loss_is_zero_and_a_weight_on_it_is_refused():
+    losses = objective(unet={"edge_tokens": "none"}, edge_weight=0.0)(batch(range(4)), rng(range(4)))
+    assert losses["edge"] == 0 and losses["loss"].isfinite()
+    with pytest.raises(ValueError, match="edge_weight: got 0.1, expected 0: the preset has no edge heads"):
+        objective(unet={"edge_tokens": "none"}, edge_weight=0.1)
