@@ -80,7 +80,7 @@ def out_of_date(root: Path) -> dict[str, str]:
         text=True,
     )
     if done.returncode:
-        raise StageError(_what_went_wrong("dvc status", done.stdout + done.stderr))
+        raise StageError(what_went_wrong("dvc status", done.stdout + done.stderr))
     start = done.stdout.find("{")
     return {name: _reason(changes) for name, changes in json.loads(done.stdout[start:] or "{}").items()}
 
@@ -109,14 +109,15 @@ def reproduce(
 
         status = run_group([*DVC, "repro", "--single-item", stage], root, stage_environment(root), heard, on_tick)
     if status:
-        raise StageError(_what_went_wrong(stage, tail))
+        raise StageError(what_went_wrong(stage, tail))
     said = log.read_text(encoding="utf-8")
     if f"Running stage '{stage}'" in said:
         return "ran"
     return "restored" if "is cached - skipping run" in said else "up to date"
 
 
-def _what_went_wrong(what: str, said: str) -> str:
+def what_went_wrong(what: str, said: str) -> str:
+    """One line of what a program said before it failed: the stage's own error where there is one."""
     if BUSY.search(said):
         return f"{what}: another run is going on in this folder (DVC's lock is taken); wait for it or end it"
     own = SAID_ERROR.findall(said)

@@ -29,8 +29,10 @@ DVC_CONFIG = """[core]
 """
 
 
-def make_workspace(folder: Path, overlays: list[Path], changes: dict | None = None) -> Path:
+def make_workspace(folder: Path, overlays: list[Path], changes: dict | None = None, cache: Path | None = None) -> Path:
     """Make or refresh `folder`. Its params.yaml is the project's with `overlays` (changed keys only), then `changes`.
+
+    cache: a DVC cache shared with other workspaces; None: its own.
 
     Raises ConfigError where the settings do not load, StageError where the folder is something else.
     """
@@ -41,7 +43,8 @@ def make_workspace(folder: Path, overlays: list[Path], changes: dict | None = No
         raise StageError(f"{folder}: has other files in it; name an empty or new folder for the workspace")
     text = settings.merged(PROJECT / "params.yaml", *map(settings.flat, overlays), changes or {})
     (folder / ".dvc").mkdir(parents=True, exist_ok=True)
-    _put(folder / ".dvc" / "config", DVC_CONFIG.encode())
+    shared = f"    dir = {cache.resolve()}\n" if cache else ""
+    _put(folder / ".dvc" / "config", f"{DVC_CONFIG}{shared}".encode())
     for package in CODE:
         _mirror(PROJECT / package, folder / package)
     for name in FILES:

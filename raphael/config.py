@@ -188,6 +188,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
+    seed: NonNegative  # of weights, order, noise; another seed is another training on the same data
     num_workers: NonNegative  # Ray Train workers; 0: this process, without Ray
     use_gpu: bool
     latents: Literal["sample", "mean"]  # of the autoencoder's posterior; sample: as in latent diffusion

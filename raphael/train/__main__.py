@@ -63,7 +63,7 @@ def open_folders(config: Config, stage: Stage) -> Folders:
                 f"{path.relative_to(stage.root)}: absent; run the stages before this one "
                 "(dvc repro train, or make demo)"
             )
-    settings = {"seed": config.seed, "picture": to_dict(config.picture), "train": to_dict(config.train)}
+    settings = {"picture": to_dict(config.picture), "train": to_dict(config.train)}
     settings |= {"preset": to_dict(config.model.load()), "drawing": to_dict(config.generate)}
     records = read_manifest(places.records, FORM)["sha256"]
     workdir = stage.workdir(settings, records, places.autoencoder, places.clip, places.prompts)
@@ -199,7 +199,7 @@ def write_export(
         "picture": to_dict(config.picture),
         "mean_over": preset.unet.mean_over,
         "preset": config.model.preset,
-        "seed": config.seed,
+        "seed": config.train.seed,
         "git_revision": git_revision(stage.root),
         "records_sha256": read_manifest(folders.records, FORM)["sha256"],
         "images_seen": meta["images_seen"],

@@ -69,7 +69,7 @@ class Job:
 
 
 def build_denoising(config: Config, folders: Folders, verify: bool = True) -> tuple[DenoisingObjective, Records]:
-    """The objective, its U-Net initialised from config.seed, and its data. Raises StageError where parts do not fit."""
+    """The objective, its U-Net initialised from train.seed, and its data. Raises StageError where parts do not fit."""
     import torch
 
     from raphael.diffusion.denoiser import TextCondition
@@ -84,7 +84,7 @@ def build_denoising(config: Config, folders: Folders, verify: bool = True) -> tu
     text_encoder = load_text_encoder(folders.clip).eval().requires_grad_(False)
     check_fit(config, records, text_encoder.dim)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.train.seed)
         unet = UNet(preset.unet).to(memory_format=torch.channels_last)  # convolutions on a CPU: 8 % faster
 
     def encode(token_ids: Tensor) -> TextCondition:
@@ -155,7 +155,7 @@ def train_denoiser(job: Job, world: World) -> dict[str, Any]:
         objective,
         records,
         loop,
-        job.config.seed,
+        job.config.train.seed,
         folder=job.folders.checkpoints,
         tracker=tracker,
         world=world,
@@ -203,7 +203,7 @@ def draw_grid(job: Job, objective: DenoisingObjective) -> Any:
     config = job.config
     prompts = sample_prompts(config, job.folders.prompts)
     settings = sampling_of(config.generate)
-    seeds = [(config.seed, index) for index in range(len(prompts))]
+    seeds = [(config.train.seed, index) for index in range(len(prompts))]
     images = draw_images(drawing_parts(job, objective), prompts, seeds, settings)
     return image_grid(list(images), columns=4, captions=prompts)
 
