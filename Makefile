@@ -45,8 +45,12 @@ demo: setup  ## the whole chain, from links to the report (SOURCE=coco COCO_DIR=
 repro: setup  ## the same work without Prefect: what changed, in DVC's order
 	@dvc repro
 
+.PHONY: ablation
+ablation: setup  ## what each part of the network adds: arms and seeds of flows/ablation.yaml (100 minutes on two cores)
+	@python -m flows.run_ablation
+
 .PHONY: up
-up: setup  ## start the Prefect server, the MLflow page and the deployments raphael/{full,data,train,evaluate}
+up: setup  ## start the Prefect server, the MLflow page and the deployments raphael/{full,data,train,evaluate,ablation}
 	@python -m flows.serve up
 
 .PHONY: down

@@ -18,7 +18,7 @@ from prefect import flow
 
 from flows.ablation_page import write_page
 from flows.ablation_plan import PLAN, Case, Plan, cases_of, load_plan, make_case
-from flows.ablation_runs import mark_run, open_parent
+from flows.ablation_runs import finish_parent, mark_run, open_parent
 from flows.environment import stage_environment
 from flows.pipeline import DVC, what_went_wrong
 from flows.processes import run_group
@@ -58,7 +58,8 @@ def run(root: Path, plan: Plan, jobs: int) -> Path:
     runner.reproduce(cases[0], UP_TO_DATA)  # data and encoders, once; the others find them in the cache
     failed = run_all(runner, cases, jobs, lambda case: mark_run(case, parent), log)
     done = [case for case in cases if case.name not in failed]
-    page = write_page(root, plan, done, parent)
+    page = write_page(root, plan, done)
+    finish_parent(load_config(cases[0].folder / "params.yaml"), root, parent, page)
     if failed:
         raise StageError("; ".join(failed.values()))
     return page

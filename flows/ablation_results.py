@@ -145,10 +145,9 @@ def arm_facts(plan: Plan, arm: str, ones: list[dict[str, Any]], cases: list[Case
 def training_gflop(case: Case) -> float:
     """Of one picture in training: three forwards of the U-Net at full cover, edge heads not counted."""
     from raphael.config import load_config
-    from raphael.generate.anatomy import build_parts, count_flops, runs
+    from raphael.generate.anatomy import unet_flops
     from raphael.preset import load_preset
 
     config = load_config(case.folder / "params.yaml")
     preset = load_preset(str(case.folder / "raphael" / "presets" / f"{config.model.preset}.yaml"))
-    size = (config.picture.height_px, config.picture.width_px)
-    return 3 * count_flops(runs(preset, build_parts(preset), size)["unet"]) / 1e9
+    return 3 * unet_flops(preset, (config.picture.height_px, config.picture.width_px)) / 1e9

@@ -23,7 +23,7 @@ from flows.pipeline import read_pipeline
 from flows.servers import answers, loopback_port, prefect_api, prefect_command, running, start, stop, wait
 from raphael.stage import StageError, one_clear_line, write_json
 
-NAMES = ("full", "data", "train", "evaluate")
+NAMES = ("full", "data", "train", "evaluate", "ablation")
 SERVERS = ("serve", "mlflow", "prefect")  # in the order of ending
 NO_JOBS = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # a dozen idle processes for evaluations that we do not use
 READY = "deployments.ready"
@@ -68,16 +68,17 @@ def down(root: Path) -> None:
 
 
 def run(root: Path) -> None:
-    """Register the four deployments and serve them, one run at a time, until told to stop. Raises StageError."""
+    """Register the deployments and serve them, one run at a time, until told to stop. Raises StageError."""
     import httpx
     from prefect import serve
 
+    from flows.ablation import ablation
     from flows.data import data
     from flows.evaluate import evaluate
     from flows.full import full
     from flows.train import train
 
-    flows = {"full": full, "data": data, "train": train, "evaluate": evaluate}
+    flows = {"full": full, "data": data, "train": train, "evaluate": evaluate, "ablation": ablation}
     api = prefect_api(root)
     try:
         deployments = [flow.to_deployment(name, concurrency_limit=1, tags=["raphael"]) for name, flow in flows.items()]

@@ -95,6 +95,13 @@ def count_flops(run: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
+def unet_flops(preset: Preset, size_px: tuple[int, ...]) -> int:
+    """Of one denoising step of one picture (height, width)."""
+    with torch.device("meta"):
+        unet = UNet(preset.unet).eval()
+    return count_flops(runs(preset, {"unet": unet}, size_px)["unet"])
+
+
 def training_memory(trained: int, frozen: int) -> dict[str, int]:
     """Bytes by purpose, without activations. trained: parameters of the U-Net; frozen: of the other parts, in bf16."""
     memory = {name: each * trained for name, each in TRAINING_BYTES.items()}
