@@ -1,0 +1,253 @@
+"""What the training loop costs: against a plain script, against itself without its extras, and through Ray Train.
+
+Four ways to train the demo's network (preset tiny, AdamW, batch 16) on the same records in memory, in turn, each turn a
+process of its own, one thread:
+
+plain     a script in the manner of diffusers' examples: DataLoader, torch's random numbers, clip, AdamW, diffusers'
+          EMAModel, loss.item() for the progress bar; the same objective, so that the network's work is the same
+ours      raphael.train.loop at the demo's paces: points to MLflow (SQLite), averages, checkpoints
+bare      ours without average, points and checkpoints (but the last)
+ray       ours by one Ray Train worker
+
+Times are per step, from the first step after --warm to the last, medians of steps for the loop's own cost and means
+where extras are the question. Writes results/training_loop-<device>-<yyyymm>.json, unless --quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _machine import keep
+
+from raphael.config import Config, load_config
+from raphael.records import EDGES, MOMENTS, TOKEN_IDS, Records, RecordWriter
+from raphael.stage import read_json, write_json
+from raphael.strict import to_dict
+
+ROOT = Path(__file__).resolve().parent.parent
+WAYS = ("plain", "ours", "bare", "ray")
+COUNT = 1024
+NEVER = 10**12
+
+
+def make_workspace(folder: Path) -> None:
+    """The demo's sizes with random encoders and random records, and everything that a training reads."""
+    import torch
+
+    from raphael.encoders.autoencoder import build_autoencoder
+    from raphael.encoders.clip import build_clip, save_clip
+    from raphael.encoders.text import load_text_encoder
+
+    (folder / "params.yaml").write_text((ROOT / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    config = load_config(folder / "params.yaml")
+    torch.manual_seed(0)
+    autoencoder = build_autoencoder(config.autoencoder)
+    autoencoder.set_scaling(1.0, 0.0)
+    autoencoder.save(folder / "models/autoencoder")
+    save_clip(build_clip(config.clip), folder / "models/clip")
+    text, rng = load_text_encoder(folder / "models/clip"), np.random.default_rng(0)
+    side = config.picture.height_px // autoencoder.downsampling
+    channels = autoencoder.latent_channels
+    fields = {
+        MOMENTS: ("float16", (2 * channels, side, side)),
+        TOKEN_IDS: ("int32", (text.context_length,)),
+        EDGES: ("uint8", (side, side)),
+    }
+    captions = [f"a {('red', 'green', 'blue')[i % 3]} {('circle', 'square')[i % 2]}" for i in range(COUNT)]
+    arrays = {
+        MOMENTS: rng.standard_normal((COUNT, 2 * channels, side, side)).astype(np.float16),
+        TOKEN_IDS: text.tokenize(captions).numpy().astype(np.int32),
+        EDGES: rng.integers(0, 256, (COUNT, side, side)).astype(np.uint8),
+    }
+    with RecordWriter(folder / "data/records", fields, {"picture": to_dict(config.picture)}) as writer:
+        writer.append([f"{i:09d}" for i in range(COUNT)], arrays)
+    write_json(folder / "data/source/prompts.json", {"source": "scenes", "prompts": []})
+
+
+def settings(folder: Path, way: str, steps: int) -> Config:
+    """AdamW for all; no pictures while training, which are a pause and not a cost."""
+    config = load_config(folder / "params.yaml")
+    loop = config.train.loop
+    changes = {"optimizer": "adamw", "num_images": steps * loop.batch_size, "sample_every_images": 0}
+    if way == "bare":
+        changes |= {"ema_decay": 0.0, "log_every_images": NEVER, "checkpoint_every_images": NEVER}
+    return replace(config, train=replace(config.train, loop=replace(loop, **changes)))
+
+
+class TimedData:
+    """Records that know how long they were waited for."""
+
+    def __init__(self, records: Records):
+        self.records, self.waited_s = records, 0.0
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        started_s = time.perf_counter()
+        batch = self.records.batch(indices)
+        self.waited_s += time.perf_counter() - started_s
+        return batch
+
+
+def by_loop(job: tuple[str, str, int], world: Any) -> None:
+    """Train by raphael.train.loop; the times of the steps go to <way>.json. Runs here, or in a Ray worker."""
+    from raphael import tracking
+    from raphael.train.denoiser import Folders, build_denoising
+    from raphael.train.loop import Hooks, train
+
+    home, way, steps = job
+    folder = Path(home)
+    config = settings(folder, way, steps)
+    objective, records = build_denoising(config, Folders.of(folder, folder / "work" / way))
+    data, ends = TimedData(records), [time.perf_counter()]
+    tracker = tracking.NullTracker()
+    if way != "bare":
+        uri = f"sqlite:///{folder / 'mlflow.db'}"
+        run_id = tracking.create_run(config, folder, way)
+        tracker = tracking.MlflowTracker(uri, run_id, folder / "work" / f"{run_id}.jsonl")
+    hooks = Hooks(progress=lambda images: ends.append(time.perf_counter()), say=lambda line: None)
+    with tempfile.TemporaryDirectory() as checkpoints, tracking.closing(tracker):
+        train(objective, data, config.train.loop, 0, folder=checkpoints, tracker=tracker, world=world, hooks=hooks)
+    write_json(folder / f"{way}.json", {"ends_s": ends, "waited_s": data.waited_s})
+
+
+class PlainRandom:
+    """torch's own random numbers where the loop has those of the sample."""
+
+    def __init__(self, batch: int):
+        self.batch = batch
+
+    def normal(self, stream: str, shape: tuple[int, ...] = ()) -> Any:
+        import torch
+
+        return torch.randn(self.batch, *shape)
+
+    def uniform(self, stream: str, shape: tuple[int, ...] = ()) -> Any:
+        import torch
+
+        return torch.rand(self.batch, *shape)
+
+
+def by_script(folder: Path, steps: int) -> None:
+    """The plain script."""
+    import torch
+    from diffusers.training_utils import EMAModel
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from raphael.precision import autocast
+    from raphael.train.denoiser import Folders, build_denoising
+
+    config = settings(folder, "plain", steps)
+    loop = config.train.loop
+    objective, records = build_denoising(config, Folders.of(folder, folder / "work" / "plain"))
+    arrays = records.batch(np.arange(len(records)))
+    names = list(arrays)
+    dataset = TensorDataset(*(torch.from_numpy(arrays[name]) for name in names))
+    loader = DataLoader(dataset, batch_size=loop.batch_size, shuffle=True, drop_last=True)
+    unet = objective.unet.train()
+    # AdamW's fused kernel is what the loop uses too; torch's default for a CPU is slower
+    optimizer = torch.optim.AdamW(unet.parameters(), loop.learning_rate, loop.betas, weight_decay=0.0, fused=True)
+    ema = EMAModel(unet.parameters(), decay=loop.ema_decay)
+    ends = [time.perf_counter()]
+    while len(ends) <= steps:
+        for batch in loader:
+            with autocast(loop.precision, "cpu"):
+                loss = objective(dict(zip(names, batch, strict=True)), PlainRandom(loop.batch_size))["loss"]
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(unet.parameters(), loop.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.step(unet.parameters())
+            loss.detach().item()
+            ends.append(time.perf_counter())
+            if len(ends) > steps:
+                break
+    write_json(folder / "plain.json", {"ends_s": ends})
+
+
+def by_ray(folder: Path, steps: int) -> None:
+    from raphael.train.ray_trainer import Cluster, fit
+
+    cluster = Cluster(1, False, f"bench-{time.time_ns()}", folder / "ray")
+    fit(by_loop, (str(folder), "ray", steps), cluster)
+
+
+def run_way(folder: Path, way: str, steps: int) -> None:
+    import torch
+
+    from raphael.train.loop import World
+
+    torch.set_num_threads(1)
+    if way == "plain":
+        by_script(folder, steps)
+    elif way == "ray":
+        by_ray(folder, steps)
+    else:
+        by_loop((str(folder), way, steps), World())
+
+
+def measure(turns: int, steps: int, warm: int) -> dict[str, dict[str, float]]:
+    """{way: {mean_s, median_s, wait_share}}, per step; of each way its best turn, by the mean."""
+    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    with tempfile.TemporaryDirectory() as home:
+        folder = Path(home)
+        make_workspace(folder)
+        for turn in range(turns):
+            for way in WAYS if turn % 2 == 0 else reversed(WAYS):
+                command = [sys.executable, __file__, "--way", way, "--folder", home, "--steps", str(steps)]
+                subprocess.run(command, check=True, cwd=folder)
+                said = read_json(folder / f"{way}.json")
+                ends = np.array(said["ends_s"])
+                each = np.diff(ends)[warm:]
+                whole = ends[-1] - ends[0]
+                row = {"mean_s": float(each.mean()), "median_s": float(np.median(each))}
+                row["wait_share"] = said.get("waited_s", 0.0) / whole
+                found[way].append(row)
+                print(f"turn {turn + 1}  {way:<6} {1e3 * row['mean_s']:8.2f} ms a step", flush=True)
+    return {way: min(rows, key=lambda row: row["mean_s"]) for way, rows in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few steps, one turn: does it run at all")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=330, help="of a turn; 300 is a checkpoint's pace in the demo")
+    parser.add_argument("--warm", type=int, default=10, help="steps that are not counted")
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.way:
+        run_way(arguments.folder, arguments.way, arguments.steps)
+        return
+    turns, steps, warm = (1, 6, 2) if arguments.quick else (arguments.turns, arguments.steps, arguments.warm)
+    best = measure(turns, steps, warm)
+    means = {way: row["mean_s"] for way, row in best.items()}
+    cases = [
+        ("step, ours over a plain script", means["ours"], means["plain"], 1.02, "<="),
+        ("step, with points, average and checkpoints over without", means["ours"], means["bare"], 1.03, "<="),
+        ("images/s, one Ray worker over the loop alone", 1 / means["ray"], 1 / means["ours"], 0.97, ">="),
+        ("share of the time waiting for data", best["ours"]["wait_share"], 1.0, 0.01, "<="),
+    ]
+    summary = []
+    for case, ours, peer, target, sign in cases:
+        ratio = ours / peer
+        met = ratio <= target if sign == "<=" else ratio >= target
+        row = {"case": case, "ours": ours, "peer": peer, "unit": "s a step", "ratio": round(ratio, 4)}
+        summary.append({**row, "target": f"{sign} {target}", "met": met})
+        print(f"{case:<60} {ratio:8.3f}  target {sign} {target}  {'met' if met else 'MISSED'}")
+    if not arguments.quick:
+        facts = {"steps": steps, "batch": 16, "preset": "tiny", "ways": best, "summary": summary}
+        keep("training_loop", [{"way": way, **row} for way, row in best.items()], **facts)
+
+
+if __name__ == "__main__":
+    main()
