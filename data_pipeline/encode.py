@@ -40,7 +40,8 @@ def run(config: Config, stage: Stage) -> None:
     _check_fit(config, preset, autoencoder, text)
     # all that decides what a chunk holds; the number of references is decided at the end
     settings = [to_dict(config.encode), list(picture_size(config)), preset.unet.attention_levels]
-    work = stage.workdir(*shard_inputs(stage), AUTOENCODER.resolve(), TEXT_ENCODER.resolve(), settings)
+    inputs = [*shard_inputs(stage), AUTOENCODER.resolve(), TEXT_ENCODER.resolve()]
+    work = stage.workdir(*inputs, *edge_weights(config), settings)
     size = config.encode.batch_size * CHUNK_BATCHES
     chosen = spread_rows(len(rows), config.evaluate.max_reference_images)
     sides = edge_sides(config, preset, autoencoder.downsampling)
@@ -66,6 +67,22 @@ def edge_sides(config: Config, preset: Preset, downsampling: int) -> tuple[int, 
         raise StageError(f"{config.model.preset}: got no attention_levels, expected at least one to have edges for")
     factor = downsampling * 2 ** min(levels)
     return tuple(max(1, side // factor) for side in picture_size(config))
+
+
+def edge_weights(config: Config) -> list[Path]:
+    """The file of a learned edge detector, an input like the others; none where the detector needs no weights."""
+    if not config.encode.edge_weights:
+        return []
+    path = Path(config.encode.edge_weights).expanduser()
+    if not path.is_file():
+        raise StageError(f"encode.edge_weights: got {str(path)!r}, which is no file here; expected pidinet's .pth")
+    return [path]
+
+
+def edge_facts(config: Config) -> str:
+    """Which detector made the edge maps, and by which weights, for the records' manifest."""
+    facts = f"{config.encode.edge_detector} threshold={config.encode.edge_threshold:g} max-pooled"
+    return facts + "".join(f" weights={file_sha256(path)[:16]}" for path in edge_weights(config))
 
 
 def spread_rows(count: int, most: int) -> np.ndarray:
@@ -101,7 +118,7 @@ def _batch_encoder(
     from raphael.objectives.autoencoding import to_network_range
     from raphael.records import EDGES, MOMENTS, TOKEN_IDS
 
-    detector, threshold = config.encode.edge_detector, config.encode.edge_threshold
+    told = config.encode.edge_detector, config.encode.edge_threshold, config.encode.edge_weights
 
     def encode_batch(images: np.ndarray, captions: list[str]) -> dict[str, np.ndarray]:
         with torch.inference_mode():
@@ -109,7 +126,7 @@ def _batch_encoder(
         return {
             MOMENTS: _half(moments),
             TOKEN_IDS: text.tokenize(captions).numpy().astype(np.int32),
-            EDGES: edge_map(images, sides, detector, threshold),
+            EDGES: edge_map(images, sides, *told),
         }
 
     return encode_batch
@@ -149,7 +166,7 @@ def _facts(config: Config, autoencoder: Any, text: Any, sides: tuple[int, int], 
         "picture": to_dict(config.picture),
         "autoencoder": autoencoder.facts(),
         "text_encoder": {**text.facts(), "empty_token_ids": empty},
-        "edge_detector": f"{config.encode.edge_detector} threshold={config.encode.edge_threshold:g} max-pooled",
+        "edge_detector": edge_facts(config),
         "edge_sides": list(sides),
         "captions_sha256": file_sha256(CAPTIONS),
     }

@@ -174,8 +174,16 @@ class ClipConfig:
 @dataclass(frozen=True)
 class EncodeConfig:
     batch_size: Count
-    edge_detector: Literal["sobel", "canny"]
-    edge_threshold: Share  # of the strongest response in the picture
+    edge_detector: Literal["sobel", "canny", "pidinet"]
+    edge_weights: str  # path of pidinet's .pth; "" with the others
+    edge_threshold: Share  # of the strongest response in the picture; pidinet: the probability, 0: kept as it is
+
+    def __post_init__(self) -> None:
+        if (self.edge_detector == "pidinet") != bool(self.edge_weights):
+            expected = "the path of its .pth" if self.edge_detector == "pidinet" else '"": it has none'
+            raise ValueError(
+                f"edge_weights: got {self.edge_weights!r} with edge_detector {self.edge_detector}, expected {expected}"
+            )
 
 
 @dataclass(frozen=True)

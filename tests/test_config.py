@@ -1,3 +1,4 @@
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -86,6 +87,25 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path):
     data["picture"]["height_px"] = 66
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(data))
     with pytest.raises(ConfigError, match="got a side of 66 px, expected a multiple of 4"):
+        load_config(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"edge_detector": "pidinet"},
+            "edge_weights: got '' with edge_detector pidinet, expected the path of its .pth",
+        ),
+        ({"edge_weights": "x.pth"}, "edge_weights: got 'x.pth' with edge_detector sobel, expected \"\": it has none"),
+        ({"edge_detector": "hed"}, "encode.edge_detector: got 'hed', expected one of sobel, canny, pidinet"),
+    ],
+)
+def test_an_edge_detector_and_its_weights_come_together(tmp_path, changes, message):
+    data = yaml.safe_load(PARAMS.read_text())
+    data["encode"].update(changes)
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(data))
+    with pytest.raises(ConfigError, match=re.escape(message)):
         load_config(tmp_path / "params.yaml")
 
 

@@ -1,38 +1,54 @@
-"""Where a picture's edges are: the targets of edge-supervised learning, by detectors that need no weights.
+"""Where a picture's edges are: the targets of edge-supervised learning.
 
-The published model takes its targets from a learned detector (HED). These classical ones are exact on drawn scenes and
-are named in the records, so that a better one can replace them.
+The published model takes its targets from a learned detector (HED). The classical ones here, sobel and canny, need no
+weights and are exact on drawn scenes; pidinet (raphael/encoders/pidinet.py) is learned, for photographs. The records
+name the detector.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from raphael.encoders.pidinet import PiDiNet
 
 # 4 grey levels across one pixel, times Sobel's weight of 4: below it a strongest response is noise, not an edge
 WEAKEST_RESPONSE = 16.0
 CANNY_LOW = 0.4  # lower / upper threshold of the hysteresis
+LEARNED = ("pidinet",)  # detectors that come with weights
 
 
 def edge_map(
-    images: np.ndarray, side: int | tuple[int, int], detector: str = "sobel", threshold: float = 0.3
+    images: np.ndarray,
+    side: int | tuple[int, int],
+    detector: str = "sobel",
+    threshold: float = 0.3,
+    weights: str | Path = "",
 ) -> np.ndarray:
     """uint8 (B,H,W,3) -> uint8 (B,h,w), 255 on an edge and 0 elsewhere.
 
     side: h = w, or (h, w): each cell is the maximum over its pixels, so that thin edges survive. threshold: share of
-    the picture's strongest response. Raises ValueError.
+    the picture's strongest response; of pidinet, the probability itself, and at 0 its probabilities times 255 are the
+    map. weights: the file of a learned detector. Raises ValueError.
     """
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(f"images: got {images.dtype} {images.shape}, expected uint8 (B, H, W, 3)")
-    if detector not in DETECTORS:
-        raise ValueError(f"edge detector: got {detector!r}, expected one of {', '.join(DETECTORS)}")
+    if detector not in (*DETECTORS, *LEARNED):
+        raise ValueError(f"edge detector: got {detector!r}, expected one of {', '.join((*DETECTORS, *LEARNED))}")
     if not 0 <= threshold <= 1:
         raise ValueError(f"edge threshold: got {threshold}, expected a share from 0 to 1")
     height, width = (side, side) if isinstance(side, int) else side
-    detect = DETECTORS[detector]
-    maps = [max_pool(detect(image, threshold), height, width) for image in images]
+    if detector in LEARNED:
+        detected = pidinet(images, threshold, weights) if len(images) else []
+    else:
+        detected = (DETECTORS[detector](image, threshold) for image in images)
+    maps = [max_pool(edges, height, width) for edges in detected]
     return np.stack(maps) if maps else np.zeros((0, height, width), np.uint8)
 
 
@@ -56,6 +72,22 @@ def canny(image: np.ndarray, threshold: float) -> np.ndarray:
         return np.zeros(image.shape[:2], np.uint8)
     high = max(threshold * strongest, WEAKEST_RESPONSE)
     return cv2.Canny(dx, dy, CANNY_LOW * high, high, L2gradient=True)  # takes each pixel's strongest colour
+
+
+def pidinet(images: np.ndarray, threshold: float, weights: str | Path) -> np.ndarray:
+    """A learned detector's probability, cut at the threshold or, at 0, as it is: (B,H,W,3) -> uint8 (B,H,W)."""
+    from raphael.encoders.pidinet import edge_probability
+
+    # one picture at a time: what a picture gives does not depend on the others, and memory stays small
+    maps = np.concatenate([edge_probability(_network(str(weights)), image[None]) for image in images])
+    return np.where(maps >= threshold, 255, 0).astype(np.uint8) if threshold else np.uint8((maps * 255).round())
+
+
+@functools.lru_cache(maxsize=1)
+def _network(weights: str) -> PiDiNet:
+    from raphael.encoders.pidinet import load_pidinet
+
+    return load_pidinet(weights)
 
 
 def max_pool(edges: np.ndarray, height: int, width: int) -> np.ndarray:

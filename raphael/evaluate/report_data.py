@@ -234,7 +234,8 @@ def inside(config: Config, model: Path, generated: Path, drawn: dict[str, Any]) 
     seen = look_inside(parts, pipeline.text_encoder, prompts, latents, seeds)
     pictures = decode_pictures(parts, latents)
     side = seen.edges.shape[1:]
-    targets = edge_map(pictures, side, config.encode.edge_detector, config.encode.edge_threshold)
+    encode = config.encode
+    targets = edge_map(pictures, side, encode.edge_detector, encode.edge_threshold, encode.edge_weights)
     examples = []
     for row, prompt in enumerate(prompts):
         words = token_routes(pipeline, prompt)

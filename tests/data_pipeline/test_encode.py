@@ -9,6 +9,7 @@ from truth.picture_workspace import SMALL, drawn, small_preset, write_params, wr
 from data_pipeline import encode, fit_autoencoder, fit_clip
 from data_pipeline.pictures import fit
 from raphael.config import load_config
+from raphael.encoders import edges
 from raphael.encoders.autoencoder import load_autoencoder
 from raphael.encoders.edges import edge_map
 from raphael.encoders.text import load_text_encoder
@@ -95,6 +96,37 @@ def test_facts_say_how_the_records_came_about(trained, monkeypatch):
     assert facts["autoencoder"] == load_autoencoder(trained / "models/autoencoder").facts()
     told = report(trained, "encode")
     assert (told["total"], told["kept"], told["dropped"], told["references"]) == (COUNT, COUNT, {}, COUNT)
+
+
+def test_a_learned_edge_detector_is_named_with_its_weights_and_a_changed_file_is_noticed(
+    trained, shared_data, project, monkeypatch
+):
+    from raphael.stage import file_sha256
+
+    weights = trained / "detector.pth"
+    learned = {"edge_detector": "pidinet", "edge_threshold": 0.0, "edge_weights": "detector.pth"}
+    sections = {**SMALL, "encode": {**SMALL.get("encode", {}), **learned}}
+    write_params(trained, project, **sections, model={"preset": small_preset(trained, project)})
+    try:
+        monkeypatch.chdir(trained)
+        with pytest.raises(StageError, match="encode.edge_weights: got 'detector.pth', which is no file here"):
+            run(encode, "encode", trained, monkeypatch)
+        digests = []
+        for size in ("-tiny", ""):
+            weights.write_bytes((shared_data / f"weights/pidinet/table5_pidinet{size}.pth").read_bytes())
+            edges._network.cache_clear()  # a stage is a process of its own
+            run(encode, "encode", trained, monkeypatch)
+            records = Records(trained / "data/records")
+            assert (
+                records.facts["edge_detector"] == f"pidinet threshold=0 max-pooled weights={file_sha256(weights)[:16]}"
+            )
+            images = np.stack([fit(drawn(number)[1], 16, 24) for number in range(COUNT)])
+            told = records.batch(range(COUNT))[EDGES]
+            assert np.array_equal(told, edge_map(images, (2, 3), "pidinet", 0.0, weights))
+            digests.append(digest(trained))
+        assert digests[0] != digests[1]
+    finally:
+        write_params(trained, project, **SMALL, model={"preset": small_preset(trained, project)})
 
 
 def test_a_killed_run_goes_on_and_ends_in_the_same_records(trained, monkeypatch):
