@@ -202,6 +202,7 @@ class TrainConfig:
     latents: Literal["sample", "mean"]  # of the autoencoder's posterior; sample: as in latent diffusion
     caption_drop: Share  # share of samples whose caption is replaced by the empty one
     edge_weight: Annotated[float, Range(0)]
+    edge_block_weights: tuple[Annotated[float, Range(0)], ...]  # one a transformer block, in their order; empty: all 1
     edge_max_timestep: NonNegative  # T_c: no edge loss at t > T_c
     focal_alpha: Share
     focal_gamma: Annotated[float, Range(0)]
@@ -287,5 +288,10 @@ def load_config(path: str | Path = "params.yaml") -> Config:
     if "file" in data:
         raise ConfigError(f"{path}: unknown key file")
     config = replace(load(Config, data, str(path)), file=str(path))
-    config.model.load()
+    blocks, weights = config.model.load().unet.num_blocks, config.train.edge_block_weights
+    if weights and len(weights) != blocks:
+        raise ConfigError(
+            f"{path}: train.edge_block_weights: got {len(weights)} numbers, expected {blocks}, one for each "
+            f"transformer block of the preset {config.model.preset}, or none"
+        )
     return config

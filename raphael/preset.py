@@ -50,6 +50,12 @@ class UNetConfig:
     moe_norm: bool  # LayerNorm per pixel before both mixtures; the paper writes none
     pooled_text: bool  # res-blocks also read the caption as a whole (not in the paper; gates never do)
 
+    @property
+    def num_blocks(self) -> int:
+        """Transformer blocks: of each attention level res_blocks down and one more up, and the middle's."""
+        levels = [level for level in range(len(self.channels)) if level in self.attention_levels]
+        return (2 * self.res_blocks + 1) * len(levels) + 1
+
     def __post_init__(self) -> None:
         if not self.channels:
             raise ValueError("channels: got an empty list, expected one width per level")

@@ -77,6 +77,24 @@ def test_every_preset_loads(name):
     assert load_preset(name).diffusion.num_steps == 1000
 
 
+def test_edge_weights_are_one_for_each_transformer_block_of_the_preset(tmp_path):
+    data = yaml.safe_load(PARAMS.read_text())
+    data["train"]["edge_block_weights"] = [1.0, 0.5]
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(data))
+    blocks = load_preset(data["model"]["preset"]).unet.num_blocks
+    with pytest.raises(
+        ConfigError, match=rf"edge_block_weights: got 2 numbers, expected {blocks}, one for each .* tiny"
+    ):
+        load_config(tmp_path / "params.yaml")
+    data["train"]["edge_block_weights"] = [0.5] * blocks
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(data))
+    assert load_config(tmp_path / "params.yaml").train.edge_block_weights == (0.5,) * blocks
+    data["train"]["edge_block_weights"] = [-1.0] * blocks
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(data))
+    with pytest.raises(ConfigError, match=r"train.edge_block_weights\[0\]: got -1.0"):
+        load_config(tmp_path / "params.yaml")
+
+
 def test_an_unknown_preset_lists_the_known_ones():
     with pytest.raises(ConfigError, match="got 'huge', expected one of raphael-3b, raphael-3b-debug, sd, sd-debug, "):
         load_preset("huge")

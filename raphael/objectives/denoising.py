@@ -51,6 +51,9 @@ class DenoisingObjective(nn.Module):
         super().__init__()
         if config.edge_weight and unet.config.edge_tokens == "none":
             raise ValueError(f"edge_weight: got {config.edge_weight:g}, expected 0: the preset has no edge heads")
+        if config.edge_block_weights and len(config.edge_block_weights) != unet.num_blocks:
+            got = len(config.edge_block_weights)
+            raise ValueError(f"edge_block_weights: got {got} numbers, expected {unet.num_blocks}, one for each block")
         self.unet = unet
         self.encode_text = encode_text
         self.register_buffer("empty_tokens", empty_tokens.long(), persistent=False)
@@ -115,6 +118,7 @@ class DenoisingObjective(nn.Module):
     def _edge_loss(self, blocks: list[BlockOutput], edges: Tensor, t: Tensor) -> Tensor:
         """sum over samples with t <= T_c of (focal, mean over pixels, mean over blocks), divided by the batch size.
 
+        edge_block_weights multiply the blocks' terms inside their mean: 0 leaves a block out, others stay as they were.
         Dividing by the batch and not by the number of samples below T_c keeps it finite and independent of the split.
         """
         if self.unet.config.edge_tokens == "none":
@@ -129,7 +133,10 @@ class DenoisingObjective(nn.Module):
                 logits = F.interpolate(logits.float(), target.shape[-2:], mode="bilinear", align_corners=False)
             loss = focal_loss(logits, at_block, self.config.focal_alpha, self.config.focal_gamma)
             per_block.append(loss.mean(dim=(1, 2, 3)))
-        per_sample = torch.stack(per_block).mean(0)
+        terms = torch.stack(per_block)  # (blocks, B)
+        if self.config.edge_block_weights:
+            terms = terms * terms.new_tensor(self.config.edge_block_weights).unsqueeze(1)
+        per_sample = terms.mean(0)
         return (per_sample * (t <= self.config.edge_max_timestep)).sum() / len(t)
 
     def _balance_loss(self, output: UNetOutput) -> Tensor:

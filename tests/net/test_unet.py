@@ -53,6 +53,14 @@ def test_blocks_come_in_the_order_of_the_forward_pass_with_the_maps_that_are_ann
         torch.testing.assert_close(block.attention.sum(-1), torch.ones(2, block.height * block.width))
 
 
+@pytest.mark.parametrize("name", ["tiny", "sd-debug", "raphael-3b"])
+def test_the_number_of_blocks_follows_from_the_preset(name):
+    config = load_preset(name).unet
+    with torch.device("meta"):
+        net = UNet(config)
+    assert config.num_blocks == net.num_blocks == len(net.transformer_blocks()) == len(net.attention_maps_px(64, 64))
+
+
 def test_padding_changes_nothing_when_the_mean_is_over_real_tokens_and_something_when_over_all():
     x, t, context, mask = inputs()
     other = torch.where(mask.unsqueeze(-1), context, context + 1)

@@ -100,6 +100,45 @@ def test_the_edge_loss_is_zero_above_the_cut_off_and_counts_by_the_batch_size():
     assert objective(edge_max_timestep=500)(batch(above), rng(above))["edge"] == 0
 
 
+def test_blocks_of_the_edge_loss_count_by_their_weights():
+    """Against the naive sum, block by block, of losses taken from the network's own edge maps."""
+    from raphael.net.edge import focal_loss
+
+    weights = tuple(float(number) for number in range(SHAPE.num_blocks))  # the first block is left out
+    goal, seen = objective(edge_max_timestep=1000, edge_block_weights=weights, balance="none"), []
+    goal.unet.register_forward_hook(lambda module, args, output: seen.extend(output.blocks))
+    records = batch(range(4))
+    edge = goal(records, rng(range(4)))["edge"]
+    assert len(seen) == SHAPE.num_blocks
+    naive = 0.0
+    for weight, block in zip(weights, seen, strict=True):
+        for sample in range(4):
+            target = torch.zeros(block.height, block.width)
+            factor = 8 // block.height
+            for y in range(block.height):
+                for x in range(block.width):
+                    target[y, x] = records[EDGES][
+                        sample, y * factor : (y + 1) * factor, x * factor : (x + 1) * factor
+                    ].max()
+            loss = focal_loss(
+                block.edge_logits[sample, 0], target / 255, goal.config.focal_alpha, goal.config.focal_gamma
+            )
+            naive += weight * float(loss.detach().mean()) / (4 * SHAPE.num_blocks)
+    assert float(edge.detach()) == pytest.approx(naive, rel=1e-5)
+    edge.backward()
+    heads = [block.edge_head for block in goal.unet.transformer_blocks()]
+    assert all(not p.grad.any() for p in heads[0].parameters()) and all(p.grad.any() for p in heads[1].parameters())
+
+
+def test_equal_weights_of_blocks_change_nothing_and_a_wrong_number_of_them_is_refused():
+    plain, ones = objective(), objective(edge_block_weights=(1.0,) * SHAPE.num_blocks)
+    assert torch.equal(*(goal(batch(range(4)), rng(range(4)))["loss"] for goal in (plain, ones)))
+    with pytest.raises(
+        ValueError, match=f"edge_block_weights: got 2 numbers, expected {SHAPE.num_blocks}, one for each"
+    ):
+        objective(edge_block_weights=(1.0, 1.0))
+
+
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_a_dropped_caption_is_replaced_by_the_empty_one(share):
     goal, seen = objective(caption_drop=share), []
