@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from raphael.stage import StageError, one_clear_line, write_json
 from raphael.strict import ConfigError
+
+if TYPE_CHECKING:
+    from raphael.generate.pipeline import PipelineOutput
 
 CHECKPOINT = "models/raphael"
 
@@ -42,12 +45,22 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--negative-prompt", default="", help="what to keep away from")
     _sampler_arguments(command)
     command.add_argument("--batch-size", type=int, default=50, help="pictures at a time (default: %(default)s)")
+    command.add_argument(
+        "--show-edges",
+        action="store_true",
+        help="also a sheet for each picture, in OUT/inside: the edges each block predicts, where each word attends",
+    )
     command.add_argument("--out", type=Path, required=True, help="folder for the PNGs and images.json")
 
     command = _command(commands, "routes", "which experts a prompt's words, and the timesteps, go through", _routes)
     command.add_argument("prompt")
     command.add_argument("--json", action="store_true", help="print JSON instead of tables")
     command.add_argument("--out", type=Path, default=Path("routes.json"), help="where to save (default: %(default)s)")
+
+    command = _command(commands, "figures", "draw how words and timesteps spread over the experts", _figures)
+    command.add_argument("--prompts", type=Path, help="one a line, or data/source/prompts.json; default: a small list")
+    command.add_argument("--num-words", type=int, default=24, help="the most frequent ones (default: %(default)s)")
+    command.add_argument("--out", type=Path, default=Path("reports/figures"), help="default: %(default)s")
 
     command = commands.add_parser("model", help="what a preset is made of, without its weights")
     actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -142,6 +155,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         eta=arguments.eta,
         guidance_interval=tuple(arguments.guidance_interval),
         seed=arguments.seed,
+        collect=arguments.show_edges,
     )
     arguments.out.mkdir(parents=True, exist_ok=True)
     entries = []
@@ -162,8 +176,21 @@ def _generate(arguments: argparse.Namespace) -> None:
         "negative_prompt": arguments.negative_prompt,
     }
     write_json(arguments.out / "images.json", {"model": pipeline.identity, "settings": settings, "images": entries})
+    if arguments.show_edges:
+        _write_sheets(result, entries, arguments.out / "inside")
     for entry in entries:
         print(arguments.out / entry["file"])
+
+
+def _write_sheets(result: PipelineOutput, entries: list[dict], folder: Path) -> None:
+    import numpy as np
+
+    from raphael.evaluate.inside_sheet import inside_sheet
+
+    folder.mkdir(exist_ok=True)
+    for row, (entry, image) in enumerate(zip(entries, result.images, strict=True)):
+        inside_sheet(np.asarray(image), entry["prompt"], result.insight, row).save(folder / entry["file"])
+        print(folder / entry["file"])
 
 
 def _routes(arguments: argparse.Namespace) -> None:
@@ -184,6 +211,16 @@ def _routes(arguments: argparse.Namespace) -> None:
     print(routes_text(arguments.prompt, words, time_table(pipeline)))
     print(f"\na path has {length} entries, one a block; it depends on the prompt alone, so no picture was drawn")
     print(f"saved to {arguments.out}: paths, and the time expert of every timestep in every block")
+
+
+def _figures(arguments: argparse.Namespace) -> None:
+    from raphael.evaluate.route_figures import PROMPTS, read_prompts, write_figures
+    from raphael.generate.pipeline import RaphaelPipeline
+
+    prompts = read_prompts(arguments.prompts) if arguments.prompts else list(PROMPTS)
+    pipeline = RaphaelPipeline.from_pretrained(arguments.checkpoint)
+    for path in write_figures(pipeline, arguments.out, prompts, arguments.num_words):
+        print(f"{path} (numbers: {path.with_suffix('.json').name}, {path.with_suffix('.csv').name})")
 
 
 def _info(arguments: argparse.Namespace) -> None:

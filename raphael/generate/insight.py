@@ -25,6 +25,7 @@ class Insight:
         np.ndarray
     )  # (n, N, h, w) float32: mean over the blocks with the largest map, each token's maximum scaled to 1
     edges: np.ndarray  # (n, h, w) float32: predicted edge probability, mean over those blocks; 0 without heads
+    block_edges: list[np.ndarray]  # L of (n, h_l, w_l) float32: every block's own; empty without heads
     routes: np.ndarray  # (n, L, N) int64: the space expert of every token in every block
 
 
@@ -50,13 +51,15 @@ def look_inside(
     height, width = chosen[0].height, chosen[0].width
     maps = torch.stack([block.attention.float() for block in chosen]).mean(0).mT.unflatten(2, (height, width))
     maps = maps / maps.amax((2, 3), keepdim=True).clamp(min=1e-12)
-    heads = [block.edge_logits.float().sigmoid()[:, 0] for block in chosen if block.edge_logits is not None]
-    edges = torch.stack(heads).mean(0) if heads else torch.zeros_like(maps[:, 0])
+    heads = [block.edge_logits.float().sigmoid()[:, 0] for block in output.blocks if block.edge_logits is not None]
+    large = [edges for edges in heads if edges.shape[1:] == (height, width)]
+    edges = torch.stack(large).mean(0) if large else torch.zeros_like(maps[:, 0])
     return Insight(
         timestep,
         [token_words(text_encoder, prompt, cond.context.shape[1]) for prompt in prompts],
         maps.cpu().numpy(),
         edges.cpu().numpy(),
+        [edges.cpu().numpy() for edges in heads],
         routes.permute(1, 0, 2).cpu().numpy(),
     )
 
