@@ -136,6 +136,26 @@ def test_a_level_that_does_not_exist_is_refused(tmp_path):
         load_preset(str(path))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_space_experts": 0}, "unet.num_space_experts: got 0, expected an integer at least 1"),
+        ({"num_time_experts": 0}, "unet.num_time_experts: got 0, expected an integer at least 1"),
+        ({"attention_levels": [-1]}, "attention_levels: got -1, expected 0 to 2, a level"),
+        ({"channels": []}, "channels: got an empty list, expected one width per level"),
+        ({"channels": [64, 96, 97]}, "channels: got 97, expected a multiple of norm_groups 4"),
+        ({"context_length": 16}, "text.context_length: got 32, expected 16, what the unet reads"),
+    ],
+)
+def test_a_network_that_cannot_be_built_is_refused_when_its_preset_is_read(tmp_path, changes, message):
+    data = yaml.safe_load((PRESETS / "tiny.yaml").read_text())
+    data["unet"].update(changes)
+    path = tmp_path / "odd.yaml"
+    path.write_text(yaml.safe_dump(data))
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_preset(str(path))
+
+
 @pytest.mark.parametrize("text", ["a: [", "- 1"])
 def test_a_broken_file_is_one_line(tmp_path, text):
     (tmp_path / "params.yaml").write_text(text)

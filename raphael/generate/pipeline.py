@@ -107,7 +107,8 @@ class RaphaelPipeline:
         Picture i depends on (seed, i) and its prompt, not on the others. generator: as in diffusers; only its initial
         seed is used, a list gives every picture a seed of its own. height, width: pixels, default those trained on.
         guidance_scale: 1 is off. guidance_interval: where it acts, shares of the timesteps, 0 the cleanest. eta: of the
-        sampler ddim, 0 to 1. collect: also attention maps, edge maps and routes (`.insight`).
+        sampler ddim, 0 to 1. collect: also attention maps, edge maps and routes (`.insight`). An empty prompt draws the
+        unconditional picture; one longer than the context is cut, its closing token kept.
         progress: called with the number of pictures just finished. Raises ValueError for what does not fit.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)

@@ -154,6 +154,45 @@ def test_another_size_can_be_asked_for_and_one_that_does_not_fit_is_an_error(pip
         pipeline("a", num_inference_steps=0)
 
 
+def test_an_empty_prompt_is_the_unconditional_picture_and_no_prompt_is_an_error(pipeline):
+    """D(null) + s (D(c) - D(null)) with c = null is D(null), whatever the scale."""
+    guided, free = (pipeline("", num_inference_steps=2, guidance_scale=s, output_type="np").images for s in (7.0, 0.0))
+    np.testing.assert_allclose(guided, free, atol=2 / 255)
+    assert not np.array_equal(guided, pipeline("a ring", num_inference_steps=2, output_type="np").images)
+    with pytest.raises(ValueError, match="prompt: got nothing to draw, expected a text or a list of texts"):
+        pipeline([])
+
+
+def test_a_prompt_longer_than_the_context_is_cut_and_its_closing_token_kept(pipeline):
+    length = pipeline.text_encoder.context_length
+    fits = "red " * (length - 2)  # with the opening and the closing token
+    ids = pipeline.text_encoder.tokenize([fits, fits + "and a thousand other words " * 50])
+    assert torch.equal(ids[0], ids[1]) and pipeline.text_encoder.tokens_of(fits)[-1] == "<end>"
+    one, other = (
+        pipeline(text, num_inference_steps=1, output_type="np").images for text in (fits, fits + "blue " * 99)
+    )
+    assert np.array_equal(one, other)
+    with pytest.raises(ValueError, match=rf"token ids: got \(1, {length + 1}\), expected \(B, {length}\)"):
+        pipeline.text_encoder.encode(torch.zeros(1, length + 1, dtype=torch.long))
+
+
+def test_a_nan_in_one_picture_s_noise_stays_in_that_picture(pipeline, monkeypatch):
+    from raphael.sampling import PictureNoise
+
+    start = PictureNoise.start
+
+    def broken(self):
+        noise = start(self)
+        noise[0, 0, 0, 0] = float("nan")
+        return noise
+
+    parts, settings = pipeline.parts(), Sampling("ddim", 2, 3.0)
+    whole = draw_latents(parts, ["a ring", "a star"], [(0, 0), (0, 1)], settings)
+    monkeypatch.setattr(PictureNoise, "start", broken)
+    latents = draw_latents(parts, ["a ring", "a star"], [(0, 0), (0, 1)], settings)
+    assert latents[0].isnan().all() and torch.equal(latents[1], whole[1])
+
+
 def test_what_is_inside_has_one_map_per_word_and_one_route_per_block(pipeline):
     result = pipeline(["a red circle", "CAT"], num_inference_steps=1, collect=True)
     inside = result.insight
