@@ -154,7 +154,7 @@ def draw_words(paths: dict[str, Any], num_words: int = NUM_WORDS) -> Figure:
 def draw_times(paths: dict[str, Any]) -> Figure:
     """A row a block, noise at the left as a picture comes to be; coloured by the time expert in charge."""
     blocks, experts, steps = len(paths["table"]), paths["experts"], paths["num_steps"]
-    subtitle = f"the expert of each of {steps:,} timesteps, by its number and its share of them"
+    subtitle = f"the expert of each of {steps:,} timesteps; on longer runs its number and the share of the run"
     figure, axes = _page(9.6, 2.0 + 0.36 * blocks, "Time experts of timesteps", subtitle)
     for block, runs in enumerate(paths["runs"]):
         bars: list[list[tuple[int, int]]] = [[] for _ in range(experts)]
@@ -202,7 +202,7 @@ def _legend(figure: Figure, experts: int) -> None:
     style = {"fontsize": 8.5, "labelcolor": SOFT, "frameon": False, "handlelength": 0.9, "handleheight": 0.9}
     place = {
         "loc": "upper left",
-        "bbox_to_anchor": (0.3 / width, 1 - 0.74 / height),
+        "bbox_to_anchor": (0.3 / width, 1 - 0.79 / height),
         "borderaxespad": 0,
         "borderpad": 0.2,
     }
