@@ -113,8 +113,16 @@ class RaphaelBlock(nn.Module):
         site = AttentionSite("self", self.index, height, width)
         h = h + self.self_attention(self.norms[0](h), site, cond.edit)
         site = AttentionSite("cross", self.index, height, width)
+        learn_edges = self.edge_head is not None and (self.training or cond.collect)
         term, attention = self.cross_attention(
-            self.norms[1](h), cond.context, cond.context_mask, site, cond.bias, cond.edit, text and text.keys_values
+            self.norms[1](h),
+            cond.context,
+            cond.context_mask,
+            site,
+            cond.bias,
+            cond.edit,
+            text and text.keys_values,
+            need_map=self.space_moe is not None or learn_edges or cond.collect,
         )
         h = h + term
         time = space = None
@@ -137,7 +145,7 @@ class RaphaelBlock(nn.Module):
             h = h + self.space_dense(self.norms[3](h))
         out = x + self.out(h.mT.unflatten(2, (height, width)))
         edges = None
-        if self.edge_head is not None and (self.training or cond.collect):
+        if learn_edges:
             edges = self.edge_head(self._edge_maps(attention, cond), height, width)
         return out, BlockOutput(edges, space, time, attention if cond.collect else None, height, width)
 
