@@ -32,11 +32,22 @@ def machine() -> dict[str, Any]:
     return facts
 
 
-def keep(name: str, rows: list[dict[str, Any]], **facts: Any) -> Path:
-    """Write results/<name>-<device>-<yyyymm>.json and say where."""
-    here = machine()
+def judged(case: str, ours: float, peer: float, unit: str, target: str = "") -> dict[str, Any]:
+    """A row of a summary: ratio = ours / peer, target "<= 1.0" or ">= 2" of that ratio, or "" where there is none."""
+    ratio = ours / peer
+    met = None
+    if target:
+        sign, bound = target.split()
+        met = ratio <= float(bound) if sign == "<=" else ratio >= float(bound)
+    row = {"case": case, "ours": ours, "peer": peer, "unit": unit, "ratio": ratio, "target": target, "met": met}
+    return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in row.items()}
+
+
+def keep(name: str, rows: list[dict[str, Any]], summary: list[dict[str, Any]], **facts: Any) -> Path:
+    """Write results/<name>-<device>-<yyyymm>.json and say where. summary: rows of `judged`, for the table of all."""
+    here = {"benchmark": name, "measured": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}", **machine()}
     device = re.sub(r"\W+", "-", here["gpu"]).lower() if "gpu" in here else f"{here['cores']}cores"
     file = RESULTS / f"{name}-{device}-{datetime.date.today():%Y%m}.json"
-    write_json(file, {**here, **facts, "results": rows})
+    write_json(file, {**here, **facts, "summary": summary, "results": rows})
     print(f"\nkept in benchmarks/results/{file.name}")
     return file

@@ -7,11 +7,13 @@ What stays different: theirs has a linear layer before each transformer block as
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from raphael.net.unet import UNet
+from raphael.net.layers import ResBlock
+from raphael.net.unet import RaphaelBlock, UNet
 from raphael.preset import UNetConfig, load_preset
 
 
@@ -66,6 +68,9 @@ class Theirs(nn.Module):
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         return self.net(x, t, context, return_dict=False)[0]
 
+    def checkpoint_activations(self) -> None:
+        self.net.enable_gradient_checkpointing()
+
 
 class Ours(nn.Module):
     def __init__(self, config: UNetConfig):
@@ -74,6 +79,14 @@ class Ours(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         return self.net(x, t, context).prediction
+
+    def checkpoint_activations(self) -> None:
+        """Of every res-block and transformer block, as theirs does."""
+        from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrapping
+
+        wrapping.apply_activation_checkpointing(
+            self.net, check_fn=lambda module: isinstance(module, (RaphaelBlock, ResBlock))
+        )
 
 
 def make_inputs(config: UNetConfig, batch: int, latent: int, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
@@ -85,10 +98,32 @@ def make_inputs(config: UNetConfig, batch: int, latent: int, device: str = "cpu"
     return x.to(device), t.to(device), context.to(device)
 
 
-def gflop(module: nn.Module, inputs: tuple[Tensor, ...]) -> float:
-    """GFLOP of a forward pass, from shapes alone: 2 a multiply-add of a matrix product, convolution or attention."""
+def size_and_cost(make: Callable[[], nn.Module], inputs: tuple[Tensor, ...]) -> dict[str, float]:
+    """Millions of parameters, and GFLOP of a forward pass, from shapes alone: 2 a multiply-add of a matrix product,
+    convolution or attention."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    with torch.device("meta"):
+        module = make().eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module.to("meta").eval()(*(tensor.to("meta") for tensor in inputs))
-    return counter.get_total_flops() / 1e9
+        module(*(tensor.to("meta") for tensor in inputs))
+    millions = sum(parameter.numel() for parameter in module.parameters()) / 1e6
+    return {"parameters_m": round(millions, 1), "forward_gflop": round(counter.get_total_flops() / 1e9, 2)}
+
+
+@torch.no_grad()
+def fill(module: nn.Module) -> nn.Module:
+    """Random weights of a sane size, at once: torch's own initialisation of 860 million takes longer than a step."""
+    block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
+    for number, (name, parameter) in enumerate(module.named_parameters()):
+        if parameter.dim() < 2:
+            parameter.fill_(float(name.endswith("weight")))  # of a norm; the others are biases
+            continue
+        flat = parameter.view(-1)
+        for start in range(0, len(flat), len(block)):
+            part = flat[start : start + len(block)]
+            part.copy_(block.roll(number)[: len(part)])
+        parameter.mul_(parameter[0].numel() ** -0.5)
+    for buffer in module.buffers():
+        buffer.zero_()
+    return module

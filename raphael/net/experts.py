@@ -13,7 +13,7 @@ Letters of the shape suffixes: B samples, P pixels of the map, K experts, D widt
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
 import torch
@@ -46,6 +46,7 @@ class ExpertBank(nn.Module):
         self.w2 = nn.Parameter(torch.empty(num_experts, dim, hidden))
         self.b2 = nn.Parameter(torch.zeros(num_experts, dim))
         self._at_zero: tuple[Any, Tensor] | None = None
+        self._kept: list[Any] | None = None  # while drawing: version, `experts()`, `_wide()`; None: nothing is kept
         for weight in (self.w1, self.w2):  # as nn.Linear: uniform in +- 1/sqrt(fan_in)
             nn.init.uniform_(weight, -(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5)
 
@@ -55,7 +56,38 @@ class ExpertBank(nn.Module):
         Unbound together: one gradient of the stack is put together once, with zeros for an expert that was not used
         (so that no rank waits for it), where w1[k] would allocate a stack of zeros for every k.
         """
-        return list(zip(self.w1.unbind(), self.b1.unbind(), self.w2.unbind(), self.b2.unbind(), strict=True))
+        return self._keep(0, lambda: list(zip(*(w.unbind() for w in self._cast()), strict=True)))
+
+    def keep_casts(self, keep: bool) -> None:
+        """While drawing: keep the weights as autocast casts them and `_fused` lays them out, instead of at every step.
+
+        Autocast does it for leaves, and a slice of a stack is none. Bytes: half the bank's again in bfloat16.
+        """
+        self._kept = [None, None, None] if keep else None
+
+    def _cast(self) -> tuple[Tensor, ...]:
+        weights = (self.w1, self.b1, self.w2, self.b2)
+        on = autocast_state(self.w1.device.type) if self._keeps() else None
+        return weights if on is None or self.w1.dtype == torch.float64 else tuple(w.to(on[1]) for w in weights)
+
+    def _wide(self) -> tuple[Tensor, ...]:
+        """W1 (K F, D), b1 (K F), W2 (D, K F), b2 (K, D): the experts side by side."""
+        w1, b1, w2, b2 = self._cast()
+        return w1.flatten(0, 1), b1.flatten(), w2.permute(1, 0, 2).flatten(1), b2
+
+    def _keeps(self) -> bool:
+        return self._kept is not None and not torch.is_grad_enabled() and not self.w1.is_meta
+
+    def _keep(self, place: int, make: Callable[[], Any]) -> Any:
+        if not self._keeps():
+            return make()
+        version = weights_version(self.parameters())
+        version = version and (version, autocast_state(self.w1.device.type))
+        if version is None or self._kept[0] != version:
+            self._kept = [version, None, None]
+        if self._kept[1 + place] is None or version is None:
+            self._kept[1 + place] = make()
+        return self._kept[1 + place]
 
     def at_zero(self) -> Tensor:
         """(K, D): e_k(0), what an expert adds where its token's mask is 0.
@@ -77,6 +109,7 @@ class ExpertBank(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         self._at_zero = None  # weights move: another place may be one that was seen before
+        self._kept = self._kept and [None, None, None]
         return super()._apply(fn, recurse)
 
     def weighted_sum(self, h_BPD: Tensor, weight_BPK: Tensor, plan: Plan = "auto") -> Tensor:
@@ -93,11 +126,12 @@ class ExpertBank(nn.Module):
     def _fused(self, h_BPD: Tensor, weight_BPK: Tensor) -> Tensor:
         """The weight multiplies the hidden layer, so the second product's accumulator does the sum over experts."""
         B, P, _ = h_BPD.shape
-        K, hidden, dim = self.w1.shape
-        a = gelu(F.linear(h_BPD, self.w1.reshape(K * hidden, dim), self.b1.reshape(-1)))  # (B, P, K F)
+        K, hidden, _ = self.w1.shape
+        w1, b1, w2, b2 = self._keep(1, self._wide)
+        a = gelu(F.linear(h_BPD, w1, b1))  # (B, P, K F)
         a = (a.view(B, P, K, hidden) * weight_BPK.unsqueeze(-1).to(a)).view(B, P, K * hidden)
-        out = F.linear(a, self.w2.permute(1, 0, 2).reshape(dim, K * hidden))  # (B, P, D)
-        return out + (weight_BPK.to(out) @ self.b2.to(out))
+        out = F.linear(a, w2)  # (B, P, D)
+        return out + (weight_BPK.to(out) @ b2.to(out))
 
     def _covered(self, h_BPD: Tensor, weight_BPK: Tensor) -> Tensor:
         """Rows of one sample at a time when drawing, so that a picture does not depend on its neighbours in the batch

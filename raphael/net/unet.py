@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from raphael.net.attention import AttentionBias, AttentionEdit, AttentionSite, CrossAttention, SelfAttention
 from raphael.net.edge import EdgeHead
+from raphael.net.experts import ExpertBank
 from raphael.net.layers import Downsample, FeedForward, ResBlock, TimeEmbedding, Upsample
 from raphael.net.memory import BlockText, TextMemory
 from raphael.net.moe import Routing, SpaceMoE, TimeMoE, check_context_mask
@@ -109,7 +110,7 @@ class RaphaelBlock(nn.Module):
         _, _, height, width = x.shape
         noise = cond.gate_noise
         text = cond.texts[self.index] if cond.texts is not None else None
-        h = self.norm_in(x).flatten(2).mT  # (B, P, D)
+        h = self.norm_in(x).flatten(2).mT.contiguous()  # (B, P, D); a copy only where x is not channels_last
         site = AttentionSite("self", self.index, height, width)
         h = h + self.self_attention(self.norms[0](h), site, cond.edit)
         site = AttentionSite("cross", self.index, height, width)
@@ -143,7 +144,8 @@ class RaphaelBlock(nn.Module):
             h = h + term if self.residual else term
         elif self.space_dense is not None:
             h = h + self.space_dense(self.norms[3](h))
-        out = x + self.out(h.mT.unflatten(2, (height, width)))
+        h = h.mT.unflatten(2, (height, width))
+        out = x + self.out(h.contiguous() if x.is_contiguous() else h)
         edges = None
         if learn_edges:
             edges = self.edge_head(self._edge_maps(attention, cond), height, width)
@@ -255,12 +257,18 @@ class UNet(nn.Module):
 
     @contextlib.contextmanager
     def remembering(self) -> Iterator[TextMemory]:
-        """Inside, without gradients and in eval mode, keys, values and routes of the texts are computed once."""
+        """Inside, without gradients and in eval mode, keys, values and routes of the texts are computed once, and the
+        experts' weights cast once."""
         outer, self._memory = self._memory, TextMemory()
+        banks = [module for module in self.modules() if isinstance(module, ExpertBank)] if outer is None else []
+        for bank in banks:
+            bank.keep_casts(True)
         try:
             yield self._memory
         finally:
             self._memory = outer
+            for bank in banks:
+                bank.keep_casts(False)
 
     def transformer_blocks(self) -> list[RaphaelBlock]:
         """All blocks in the order of the forward pass."""

@@ -270,11 +270,30 @@ def test_a_mixture_may_be_a_plain_feed_forward_or_nothing(kind, attribute, layer
 
 def test_a_dense_layer_is_the_feed_forward_of_its_formula_with_and_without_a_gate():
     h = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
-    gelu = torch.nn.GELU(approximate="tanh")
     plain, gated = FeedForward(8, 4), FeedForward(8, 4, "geglu")
-    torch.testing.assert_close(plain(h), plain.narrow(gelu(plain.wide(h))))
+    torch.testing.assert_close(plain(h), plain.narrow(torch.nn.GELU(approximate="tanh")(plain.wide(h))))
     value, gate = gated.wide(h)[..., :32], gated.wide(h)[..., 32:]
-    torch.testing.assert_close(gated(h), gated.narrow(value * gelu(gate)))
+    normal = torch.distributions.Normal(0, 1)
+    torch.testing.assert_close(gated(h), gated.narrow(value * gate * normal.cdf(gate)))
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_whose_map_nobody_reads_equals_attention_with_its_map(gradients, masked):
+    torch.manual_seed(0)
+    layer, h = CrossAttention(8, 6, 4), torch.randn(3, 5, 8)
+    context, site = torch.randn(3, 4, 6), AttentionSite("cross", 0, 1, 5)
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]).bool() if masked else None
+    if masked:
+        context = torch.where(mask.unsqueeze(-1), context, torch.nan)
+    with torch.set_grad_enabled(gradients):
+        want, seen = layer(h, context, mask, site, edit=lambda site, a: a)
+        got, unseen = layer(h, context, mask, site, need_map=False)
+    torch.testing.assert_close(got, want)
+    assert seen is not None and unseen is None
+    if gradients:
+        for wanted, found in zip(*(torch.autograd.grad(out.sum(), layer.parameters()) for out in (want, got))):
+            torch.testing.assert_close(found, wanted, equal_nan=True)
 
 
 def test_without_edge_heads_there_are_no_edges_and_the_rest_is_the_same():
