@@ -71,8 +71,12 @@ lint: setup  ## ruff and the byte compiler over all code
 	@python -m compileall -q $(CODE)
 
 .PHONY: bench
-bench: setup  ## the benchmarks, one after the other; results under benchmarks/results
-	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; python "$$file"; done
+bench: setup  ## the benchmarks, one after the other, then one table of all; results under benchmarks/results
+	@failed=""; for file in benchmarks/[a-z]*.py; do \
+		echo "== $$file"; python "$$file" || failed="$$failed $$file"; \
+	done; \
+	echo; python benchmarks/_table.py || failed="$$failed the table"; \
+	test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
 .PHONY: lock
 lock: setup  ## compile requirements.lock anew from pyproject.toml

@@ -242,7 +242,9 @@ def main() -> None:
         rows = [{"case": name, **asdict(sides[name]), **row} for name, row in measured.items()]
         summary, facts = cpu_summary(measured, automatic), asdict(size)
     for row in summary:
-        print(f"{row['case']:<86} {row['ours']:>9} {row['peer']:>9} {row['unit']:<8} {row['ratio']:.3f} {row['target']}")
+        print(
+            f"{row['case']:<86} {row['ours']:>9} {row['peer']:>9} {row['unit']:<8} {row['ratio']:.3f} {row['target']}"
+        )
     if not quick:
         keep("unet_step", rows, summary, shape="sd", **facts)
 

@@ -191,3 +191,37 @@ def test_on_the_meta_device_both_mixtures_have_their_shapes():
         h = torch.empty(B, P, D)
         assert space(h, torch.empty(B, N, C), torch.empty(B, P, N))[0].shape == (B, P, D)
         assert time(h, torch.empty(B, C))[0].shape == (B, P, D)
+
+
+@pytest.mark.parametrize("plan", ["fused", "covered"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_kept_casts_change_no_bit_and_are_made_again_when_a_weight_changes(plan, bf16):
+    bank = ExpertBank(8, 3, 2)
+    h, weight = torch.randn(2, 6, 8), torch.rand(2, 6, 3)
+
+    @torch.no_grad()
+    def drawn():
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            return bank.weighted_sum(h, weight, plan)
+
+    for _ in range(2):
+        plain = drawn()
+        bank.keep_casts(True)
+        assert torch.equal(drawn(), plain) and torch.equal(drawn(), plain)
+        with torch.no_grad():
+            bank.w1.mul_(2)
+            bank.w2.add_(1)
+        assert not torch.equal(drawn(), plain)
+        changed = drawn()
+        bank.keep_casts(False)
+        assert torch.equal(drawn(), changed)
+
+
+def test_kept_casts_are_no_part_of_a_gradient_and_go_when_the_module_moves():
+    bank, h, weight = ExpertBank(8, 3, 2), torch.randn(1, 6, 8), torch.rand(1, 6, 3)
+    bank.keep_casts(True)
+    with torch.no_grad():
+        want = bank.weighted_sum(h, weight, "fused")
+    assert bank.weighted_sum(h, weight, "fused").requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(bank.double().weighted_sum(h.double(), weight.double(), "fused"), want.double())
