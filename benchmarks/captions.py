@@ -3,6 +3,7 @@
 The peer is written in the manner of diffusers' DeepFloyd `_clean_caption` (url, tag, handle, id, file name, dash, quote
 and product-code expressions, then ftfy and entities), without BeautifulSoup, which diffusers needs for it and the lock
 does not hold: diffusers' own is not what is measured here. Both run over the same captions, by turns.
+Writes results/captions-<device>-<yyyymm>.json, unless --quick.
 
     python benchmarks/captions.py [--captions FILE.parquet --column TEXT] [--quick]
 """
@@ -17,6 +18,8 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from _machine import judged, keep
 
 from data_pipeline.caption_rules import clean
 
@@ -107,6 +110,7 @@ def main() -> None:
     clean("schÃ¶n"), straightforward("schÃ¶n")  # ftfy's import is not what is measured
     print("| captions | number | straightforward /s | ours /s | ratio | changed by ours |")
     print("| --- | --- | --- | --- | --- | --- |")
+    rows, summary = [], []
     for name, captions in corpora(arguments).items():
         captions = captions[:1000] if arguments.quick else captions
         peer = ours = 0.0
@@ -114,6 +118,12 @@ def main() -> None:
             peer, ours = max(peer, per_second(straightforward, captions)), max(ours, per_second(clean, captions))
         changed = sum(clean(caption).text != caption for caption in captions) / len(captions)
         print(f"| {name} | {len(captions):,} | {peer:,.0f} | {ours:,.0f} | {ours / peer:.1f}x | {changed:.0%} |")
+        rows.append({"captions": name, "number": len(captions), "ours_per_s": ours, "peer_per_s": peer})
+        rows[-1]["changed_share"] = round(changed, 4)
+        case = f"{name}; peer: straightforward cleaner"
+        summary.append(judged(case, round(ours), round(peer), "captions/s, one core", ">= 10"))
+    if not arguments.quick:
+        keep("captions", rows, summary)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 The list is made up: LAION's columns, one url in 20 a repetition, random scores. Both apply the same rules (url, caption
 length, scores, size, shape), drop later rows of a url and write url, caption and numbers to a new parquet. Each runs in
 a process of its own, one after the other; its memory is the process's peak. pandas reads the whole list, as scripts do.
+Writes results/select_rows-<device>-<yyyymm>.json, unless --quick.
 
     python benchmarks/select_rows.py [--rows 1000000] [--quick]
 """
@@ -18,6 +19,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from _machine import judged, keep
 
 PROJECT = Path(__file__).resolve().parent.parent
 CHUNK_ROWS = 65536
@@ -112,6 +115,7 @@ def main() -> None:
         (folder / "data/source").mkdir(parents=True)
         write_list(folder / "data/source/metadata.parquet", rows)
         print("| who | rows | kept | s | rows/s | CPU s | peak MB |\n| --- | --- | --- | --- | --- | --- | --- |")
+        found = {}
         for who, function in (("pandas", pandas_script), ("ours", ours)):
             answers = spawn.SimpleQueue()
             process = spawn.Process(target=measured, args=(function, folder, answers))
@@ -120,9 +124,18 @@ def main() -> None:
             if process.exitcode:
                 raise SystemExit(f"{who} ended with status {process.exitcode}")
             kept, seconds, cpu_s, peak_mb = answers.get()
+            found[who] = {"who": who, "kept": kept, "seconds": seconds, "cpu_s": cpu_s, "peak_mb": peak_mb}
             print(
                 f"| {who} | {rows:,} | {kept:,} | {seconds:.1f} | {rows / seconds:,.0f} | {cpu_s:.1f} | {peak_mb:.0f} |"
             )
+    if not arguments.quick:
+        mine, theirs = found["ours"], found["pandas"]
+        case = f"{rows:,} rows; peer: pandas"
+        summary = [
+            judged(f"{case}, time", mine["seconds"], theirs["seconds"], "s", "<= 1.0"),
+            judged(f"{case}, peak memory", mine["peak_mb"], theirs["peak_mb"], "MB", "<= 1.0"),
+        ]
+        keep("select_rows", list(found.values()), summary, rows=rows)
 
 
 if __name__ == "__main__":
