@@ -49,7 +49,6 @@ class Case:
         self.net = fill(Ours(self.config)).to(memory_format=torch.channels_last)
         x, self.t, self.context = make_inputs(self.config, 2, latent)
         self.x = x.to(memory_format=torch.channels_last)
-        self.optimizer: torch.optim.Optimizer | None = None
 
     def draw(self, steps: int, remember: bool = True, keep_zero: bool = True) -> float:
         """Seconds of the fastest of `steps` steps, after one that fills what is remembered."""

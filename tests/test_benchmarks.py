@@ -80,7 +80,6 @@ def test_every_benchmark_runs_quickly_and_keeps_nothing(name):
     assert sorted((PROJECT / "benchmarks/results").glob("*")) == before
 
 
-@pytest.mark.slow
 def test_make_bench_runs_the_others_when_one_fails_and_ends_in_failure(tmp_path):
     """The recipe as it stands, over a folder of two benchmarks and a table."""
     folder = tmp_path / "benchmarks"
