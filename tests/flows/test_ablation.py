@@ -148,10 +148,10 @@ def test_a_case_that_fails_is_named_at_the_end_and_the_others_are_done(tmp_path)
 
 def test_the_loss_by_timestep_is_the_mean_square_of_a_naive_loop(tmp_path):
     import torch
+    from truth.tiny_raphael import write_pipeline
 
     from raphael.diffusion.latents import sample_latents
     from raphael.generate.pipeline import RaphaelPipeline
-    from tests.truth.tiny_raphael import write_pipeline
 
     pipeline = RaphaelPipeline.from_pretrained(write_pipeline(tmp_path / "model"))
     config = load_config(PROJECT / "params.yaml")
