@@ -122,6 +122,8 @@ class LoopConfig:
     weight_decay: Annotated[float, Range(0)]
     betas: tuple[float, ...]
     clip_norm: Annotated[float, Range(0)]  # 0: off
+    max_bad_steps: Count  # so many bad steps in a row end the training; 1: the first. A bad step changes no weight
+    spike_factor: Annotated[float, Range(0)]  # bad is also a loss above this many running medians; 0: off
     ema_decay: Annotated[float, Range(0, 0.999999)]  # 0: no average
     precision: Literal["auto", "fp32", "bf16"]  # auto: bf16 where the processor multiplies it natively
     log_every_images: Count
@@ -131,6 +133,21 @@ class LoopConfig:
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: got {self.betas}, expected two numbers from 0 to below 1")
+        if 0 < self.spike_factor <= 1:
+            raise ValueError(f"spike_factor: got {self.spike_factor:g}, expected 0 (off) or above 1: half of all losses "
+                             "lie above their median")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the work of a step is spread over workers and passes. Nothing here changes an update beyond rounding."""
+
+    strategy: Literal["ddp", "fsdp2"]  # ddp: every worker has everything; fsdp2: each keeps a share of every tensor
+    micro_batch: NonNegative  # images per worker and pass, gradients added up; 0: the worker's whole slice at once
+    checkpoint_activations: Literal["none", "blocks"]  # blocks: a transformer block is computed again in the backward
+    compile: Literal["none", "blocks"]  # blocks: torch.compile, one transformer block at a time
+    max_failures: NonNegative  # restarts of the worker group in one run of the stage
+    collective_timeout_s: Positive  # a worker that is silent for so long has failed
 
 
 @dataclass(frozen=True)
@@ -214,7 +231,20 @@ class TrainConfig:
     balance_rate: Annotated[float, Range(0)]  # u of loss_free: what a step adds to or takes from a gate's bias
     sample_prompts: tuple[str, ...]  # of the grids drawn while training; empty: the first held-out prompts
     num_sample_prompts: Count
+    parallel: ParallelConfig
     loop: LoopConfig
+
+    def __post_init__(self) -> None:
+        if self.balance == "loss_free" and self.parallel.micro_batch:
+            raise ValueError(
+                f"parallel.micro_batch: got {self.parallel.micro_batch} with balance loss_free, expected 0: its biases "
+                "move once a pass"
+            )
+        if self.loop.batch_size % max(1, self.num_workers):
+            raise ValueError(
+                f"loop.batch_size: got {self.loop.batch_size} for {self.num_workers} workers, expected a multiple of "
+                "num_workers: each takes an equal slice"
+            )
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from raphael.net.attention import AttentionBias, AttentionEdit, AttentionSite, CrossAttention, SelfAttention
 from raphael.net.edge import EdgeHead
@@ -67,6 +68,8 @@ class RaphaelBlock(nn.Module):
     Either mixture may be a plain feed-forward instead, or nothing (time_layer, space_layer): the arms of an ablation.
     """
 
+    recompute = False  # in training keep the block's input alone and compute the rest again in the backward
+
     def __init__(self, config: UNetConfig, dim: int, time_dim: int, index: int):
         super().__init__()
         self.index = index
@@ -107,6 +110,11 @@ class RaphaelBlock(nn.Module):
         x: Tensor,  # (B, D, h, w)
         cond: Conditioning,
     ) -> tuple[Tensor, BlockOutput]:  # (B, D, h, w)
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, cond, use_reentrant=False)
+        return self._forward(x, cond)
+
+    def _forward(self, x: Tensor, cond: Conditioning) -> tuple[Tensor, BlockOutput]:
         _, _, height, width = x.shape
         noise = cond.gate_noise
         text = cond.texts[self.index] if cond.texts is not None else None

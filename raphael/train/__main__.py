@@ -98,11 +98,6 @@ def work(job: Job, watcher: Watcher) -> None:
     train = job.config.train
     job.folders.events.unlink(missing_ok=True)
     job.folders.events.touch()
-    if train.loop.batch_size % max(1, train.num_workers):
-        raise StageError(
-            f"train.loop.batch_size: got {train.loop.batch_size} for {train.num_workers} workers, expected a multiple "
-            "of train.num_workers: each takes an equal slice"
-        )
     if train.num_workers == 0:
         from raphael.train.loop import World
 

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,6 +138,8 @@ def train_denoiser(job: Job, world: World) -> dict[str, Any]:
 
     def draw(images: int) -> None:
         grid = draw_grid(job, objective)
+        if not chief:
+            return
         job.folders.samples.mkdir(parents=True, exist_ok=True)
         temporary = job.folders.samples / f".{images:06d}.png"
         grid.save(temporary)
@@ -158,7 +160,7 @@ def train_denoiser(job: Job, world: World) -> dict[str, Any]:
         job.config.train.seed,
         folder=job.folders.checkpoints,
         tracker=tracker,
-        world=world,
+        world=replace(world, parallel=job.config.train.parallel),
         hooks=hooks,
     )
 

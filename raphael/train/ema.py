@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from raphael.train.sharding import own
+
 
 class Ema:
     """average <- average + (1 - d) (parameter - average), d = min(decay, (1 + n) / (10 + n)) at the n-th update.
@@ -27,8 +29,8 @@ class Ema:
         if not self.decay:
             return
         decay = min(self.decay, (1 + count) / (10 + count))
-        current = [self.parameters[name].detach().float() for name in self.average]
-        torch._foreach_lerp_(list(self.average.values()), current, 1 - decay)
+        current = [own(self.parameters[name].detach()).float() for name in self.average]
+        torch._foreach_lerp_([own(tensor) for tensor in self.average.values()], current, 1 - decay)
 
     def weights(self) -> dict[str, Tensor]:
         """The averaged weights by name (the parameters themselves where the average is off)."""
@@ -38,12 +40,12 @@ class Ema:
     @torch.no_grad()
     def applied(self) -> Iterator[None]:
         """Inside, the modules have the averaged weights; after, exactly their own again."""
-        own = {name: self.parameters[name].detach().clone() for name in self.average}
+        before = {name: self.parameters[name].detach().clone() for name in self.average}
         for name, tensor in self.average.items():
             self.parameters[name].copy_(tensor)
         try:
             yield
         finally:
             with torch.no_grad():
-                for name, tensor in own.items():
+                for name, tensor in before.items():
                     self.parameters[name].copy_(tensor)

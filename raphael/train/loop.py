@@ -27,12 +27,13 @@ from torch import Tensor, nn
 
 from raphael.checkpoint import CheckpointHome
 from raphael.config import LoopConfig
-from raphael.precision import autocast
 from raphael.randomness import SampleRng
 from raphael.stage import StageError
 from raphael.train.batches import Batches
 from raphael.train.optim import clip_gradients, learning_rate
+from raphael.train.parallel import Replica, prepare
 from raphael.train.state import State
+from raphael.train.world import World
 
 
 class Objective(Protocol):
@@ -59,22 +60,6 @@ class TrainingError(StageError):
     """The training cannot go on. One line."""
 
 
-@dataclass(frozen=True)
-class World:
-    """Which worker this is, and where it computes."""
-
-    rank: int = 0
-    size: int = 1
-    device: str = "cpu"
-
-    @staticmethod
-    def current(device: str = "cpu") -> World:
-        """This process' place in torch.distributed's process group; alone where there is none."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
-        return World(device=device)
-
-
 def _nothing(*_: Any) -> None:
     pass
 
@@ -84,7 +69,7 @@ class Hooks:
     """What others do beside the loop, on rank 0 only.
 
     on_log(metrics, images): a point was logged. on_sample(images): draw pictures; the objective has the averaged
-    weights.
+    weights. It is called on every rank where weights are shared out, since a forward then needs all; rank 0 keeps them.
     progress(images): a step ended. say(line): something a person should read.
     """
 
@@ -118,7 +103,7 @@ def train(
     workers they agree at the next point logged.) Raises TrainingError where the loss is not finite; CheckpointError.
     """
     chief = world.rank == 0
-    objective.to(world.device).train()
+    prepare(objective.to(world.device).train(), world)
     batches = Batches(seed, len(data), loop.batch_size, world.rank, world.size)
     state = State(objective, loop, {"seed": seed, "num_samples": len(data)})
     home = CheckpointHome(folder)
@@ -130,7 +115,7 @@ def train(
         resumed_at = state.images
         if chief and resumed_at < loop.num_images:
             hooks.say(f"going on from the checkpoint at {resumed_at:,} images")
-    replica = _replicate(_Losses(objective), world)
+    replica = Replica(objective, world, loop.precision)
     watch = _Watch(world, batches, data)
     clock = _Clock(state.images)
 
@@ -142,7 +127,7 @@ def train(
             if state.images != resumed_at:
                 if state.summed_steps and (done or _due(loop.log_every_images, state)):
                     watch.check()
-                    stopping = _any_rank(stop.requested, world)
+                    stopping = world.any(bool(stop.requested))
                     point = _mean_over_ranks(state, world)
                     point["train/learning_rate"] = learning_rate(state.images, loop)
                     state.history.append({"images": state.images, **point})
@@ -152,18 +137,19 @@ def train(
                         if tracker is not None:
                             tracker.log(shown, state.images)
                         hooks.on_log(shown, state.images)
-                if chief and loop.sample_every_images and (done or _due(loop.sample_every_images, state)):
-                    with clock.paused(), state.ema.applied():
-                        objective.eval()
+                draws = chief or world.sharded
+                if draws and loop.sample_every_images and (done or _due(loop.sample_every_images, state)):
+                    with clock.paused(), state.ema.applied(), replica.drawing():
                         hooks.on_sample(state.images)
-                        objective.train()
                 if state.images and (done or stopping or _due(loop.checkpoint_every_images, state)):
                     watch.check()
                     if state.summed_steps:
                         _share_sums(state, world)
-                    if chief:
+                    if chief or world.sharded:
                         with clock.paused():
-                            home.save(state.images, *state.pack())
+                            packed = state.pack(chief)
+                            if chief:
+                                home.save(state.images, *packed)
 
             # Stop test.
             if done:
@@ -175,11 +161,9 @@ def train(
             epochs, indices = batches.own(state.step)
             rng = SampleRng(seed, epochs, indices)
             batch = {name: torch.from_numpy(array).to(world.device) for name, array in data.batch(indices).items()}
-            with autocast(loop.precision, world.device):
-                loss, outputs = replica(batch, rng)
-            loss.backward()
+            outputs = replica.gradients(batch, rng)
             norm = clip_gradients(state.parameters.values(), loop.clip_norm)
-            watch.see(norm if world.size > 1 else norm + loss.detach(), state.images)
+            watch.see(norm if world.size > 1 else norm + outputs["loss"], state.images)
             for group in state.optimizer.param_groups:
                 group["lr"] = learning_rate(state.images + loop.batch_size, loop)
             state.optimizer.step()
@@ -193,29 +177,6 @@ def train(
                 hooks.progress(state.images)
 
     return {"images": state.images, "history": state.history, "ema": state.ema.weights()}
-
-
-class _Losses(nn.Module):
-    """The objective as DDP wants it: only the loss carries gradients out, so a statistic cannot claim a parameter."""
-
-    def __init__(self, objective: nn.Module):
-        super().__init__()
-        self.objective = objective
-
-    def forward(self, batch: dict[str, Tensor], rng: SampleRng) -> tuple[Tensor, dict[str, Tensor]]:
-        outputs = self.objective(batch, rng)
-        return outputs["loss"], {name: torch.as_tensor(value).detach() for name, value in outputs.items()}
-
-
-def _replicate(module: nn.Module, world: World) -> nn.Module:
-    if world.size == 1:
-        return module
-    import warnings
-
-    warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
-    return nn.parallel.DistributedDataParallel(
-        module, find_unused_parameters=True, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
 
 
 def _due(every: int, state: State) -> bool:
@@ -240,19 +201,9 @@ def _share_sums(state: State, world: World) -> None:
     if world.size == 1:
         return
     names = sorted(state.sums)
-    flat = torch.cat([state.sums[name].reshape(-1) for name in names])
-    torch.distributed.all_reduce(flat)
-    flat /= world.size
+    flat = world.sum(torch.cat([state.sums[name].reshape(-1) for name in names])) / world.size
     parts = flat.split([state.sums[name].numel() for name in names])
     state.sums = {name: part.reshape(state.sums[name].shape).clone() for name, part in zip(names, parts, strict=True)}
-
-
-def _any_rank(flag: bool, world: World) -> bool:
-    if world.size == 1:
-        return flag
-    votes = torch.tensor([float(flag)], device=world.device)
-    torch.distributed.all_reduce(votes)
-    return bool(votes.item())
 
 
 class _Watch:

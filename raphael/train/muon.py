@@ -11,10 +11,13 @@ matrices only; here a convolution is the matrix (out, in * height * width), and 
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 import torch
 from torch import Tensor, nn
+
+from raphael.train.sharding import as_shared, own, whole
 
 MOMENTUM = 0.95
 # Newton-Schulz of fifth order, as steep at 0 as it can be: singular values end in about 0.7 .. 1.2, not at 1 (Jordan)
@@ -25,7 +28,7 @@ SMALLEST_SIDE = 32  # a narrower matrix (the latent's first and last convolution
 
 def is_muon_shape(parameter: Tensor) -> bool:
     """Whether the parameter is a matrix, a convolution or a stack of matrices, with both sides at least 32."""
-    return 2 <= parameter.ndim <= 4 and min(_matrices(parameter).shape[1:]) >= SMALLEST_SIDE
+    return 2 <= parameter.ndim <= 4 and min(_sides(parameter)) >= SMALLEST_SIDE
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
@@ -47,7 +50,8 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Its state per parameter: `momentum`, of the parameter's shape. Every parameter must pass `is_muon_shape`.
 
-    A parameter without a gradient stays as it is, weight decay included.
+    A parameter without a gradient stays as it is, weight decay included. Of one that is shared out over workers (FSDP2)
+    the whole matrix is gathered and every worker computes the whole update, as with DDP; momentum stays shared out.
     """
 
     def __init__(self, params, lr: float):
@@ -63,18 +67,19 @@ class Muon(torch.optim.Optimizer):
             alike: dict[tuple, list[nn.Parameter]] = defaultdict(list)  # one batched product per shape, not per layer
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    alike[tuple(_matrices(parameter).shape[1:])].append(parameter)
+                    alike[_sides(parameter)].append(parameter)
             for parameters in alike.values():
                 self._step_alike(parameters, group["lr"], group["weight_decay"])
 
     def _step_alike(self, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> None:
-        orthogonal = orthogonalised(torch.cat([_matrices(self._momentum(p), like=p) for p in parameters]))
+        orthogonal = orthogonalised(torch.cat([_matrices(whole(self._momentum(p)), like=p) for p in parameters]))
         scale = 0.2 * max(orthogonal.shape[1:]) ** 0.5
-        counts = [len(_matrices(parameter)) for parameter in parameters]
+        counts = [len(parameter) if parameter.ndim == 3 else 1 for parameter in parameters]
         for parameter, update in zip(parameters, orthogonal.split(counts), strict=True):
             if weight_decay:
                 parameter.mul_(1 - lr * weight_decay)
-            parameter.add_(_as(update.to(parameter), parameter), alpha=-lr * scale)
+            update = as_shared(_as(update.to(parameter.dtype), parameter), like=parameter)
+            own(parameter).add_(own(update), alpha=-lr * scale)
 
     def _momentum(self, parameter: nn.Parameter) -> Tensor:
         state = self.state[parameter]
@@ -82,6 +87,13 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(parameter)
         momentum = state["momentum"].lerp_(parameter.grad, 1 - MOMENTUM)
         return parameter.grad.lerp(momentum, MOMENTUM)  # Nesterov's look ahead
+
+
+def _sides(parameter: Tensor) -> tuple[int, int]:
+    """(rows, columns) of the matrices that `_matrices` makes of it."""
+    if parameter.ndim == 3:
+        return tuple(parameter.shape[1:])
+    return len(parameter), math.prod(parameter.shape[1:])
 
 
 def _matrices(tensor: Tensor, like: Tensor | None = None) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from raphael.config import LoopConfig
 from raphael.train.muon import Muon, is_muon_shape
+from raphael.train.sharding import own, whole
 
 # Weight decay is for matrices that mix features. Norms, biases and embeddings have none; nor has a bare parameter of
 # any other module, unless its class names it in `decayed`, a tuple of attribute names.
@@ -118,7 +119,7 @@ def learning_rate(images: int, loop: LoopConfig) -> float:
 def clip_gradients(parameters: Iterable[Tensor], clip_norm: float) -> Tensor:
     """Scale gradients so that their norm over all parameters is at most clip_norm (0: leave them). Returns the norm."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = whole(torch.nn.utils.get_total_norm(gradients))
     if clip_norm:
-        torch._foreach_mul_(gradients, (clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        torch._foreach_mul_([own(gradient) for gradient in gradients], (clip_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

@@ -13,6 +13,7 @@ from raphael.config import LoopConfig
 from raphael.strict import to_dict
 from raphael.train.ema import Ema
 from raphael.train.optim import make_optimizer
+from raphael.train.sharding import as_shared, is_shared_out, own, whole
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum")  # of AdamW, of Muon
 
@@ -47,8 +48,12 @@ class State:
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
         self.summed_steps += 1
 
-    def pack(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """(groups, meta) for raphael.checkpoint."""
+    def pack(self, chief: bool = True) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """(groups, meta) for raphael.checkpoint: whole tensors, whatever the number of workers.
+
+        Where tensors are shared out every rank must call this, one tensor at a time is gathered, and only the chief
+        keeps them, on the CPU.
+        """
         optimizer = {
             f"{name}.{moment}": tensor
             for name, parameter in self.parameters.items()
@@ -60,6 +65,7 @@ class State:
             "ema": dict(self.ema.average),
             "sums": dict(self.sums),
         }
+        groups = {kind: _gathered(tensors, chief) for kind, tensors in groups.items()}
         meta = {
             "images_seen": self.images,
             "summed_steps": self.summed_steps,
@@ -76,8 +82,8 @@ class State:
                     f"{where}: made with {name} {got}, this training has {expected}; delete that folder to start over, "
                     "or restore the settings to go on"
                 )
-        for kind, own in (("model", {**self.parameters, **self.buffers}), ("ema", self.ema.average)):
-            _copy(own, groups[kind], f"{where}: {kind}")
+        for kind, mine in (("model", {**self.parameters, **self.buffers}), ("ema", self.ema.average)):
+            _copy(mine, groups[kind], f"{where}: {kind}")
         stored = groups["optimizer"]
         moments = {
             parameter: {
@@ -93,6 +99,15 @@ class State:
         self.images, self.summed_steps, self.history = meta["images_seen"], meta["summed_steps"], meta["history"]
 
 
+def _gathered(tensors: dict[str, Tensor], chief: bool) -> dict[str, Tensor]:
+    found = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor.detach()).cpu() if is_shared_out(tensor) else tensor
+        if chief:
+            found[name] = full
+    return found
+
+
 def _as_laid_out(moment: Tensor, parameter: Tensor) -> Tensor:
     """On the parameter's device (fused AdamW keeps its count there, too), in the parameter's order in memory.
 
@@ -101,19 +116,20 @@ def _as_laid_out(moment: Tensor, parameter: Tensor) -> Tensor:
     """
     if moment.shape != parameter.shape:
         return moment.to(parameter.device)
+    moment = as_shared(moment, like=parameter)
     return torch.empty_like(parameter, dtype=moment.dtype, requires_grad=False).copy_(moment)
 
 
 @torch.no_grad()
-def _copy(own: dict[str, Tensor], stored: dict[str, Tensor], where: str) -> None:
-    if own.keys() != stored.keys():
-        name = sorted(own.keys() ^ stored.keys())[0]
+def _copy(mine: dict[str, Tensor], stored: dict[str, Tensor], where: str) -> None:
+    if mine.keys() != stored.keys():
+        name = sorted(mine.keys() ^ stored.keys())[0]
         raise CheckpointError(
             f"{where}: {name} is only in {'the checkpoint' if name in stored else 'this model'}; other preset?"
         )
-    for name, tensor in own.items():
+    for name, tensor in mine.items():
         if tensor.shape != stored[name].shape:
             raise CheckpointError(
                 f"{where}: {name}: got shape {list(stored[name].shape)}, expected {list(tensor.shape)}; other preset?"
             )
-        tensor.copy_(stored[name])
+        own(tensor.detach()).copy_(own(as_shared(stored[name], like=tensor)))

@@ -1,0 +1,184 @@
+"""How an objective runs in its world: recomputed or compiled block by block, shared out over workers, in several passes.
+
+Nothing here changes an update beyond rounding, whatever the objective is. What a "block" is, its network says: a module
+with `transformer_blocks()`. A block has a switch `recompute`, and runs on every rank at every pass.
+
+FSDP2 (arXiv 2304.11277; per-parameter sharding as in torchtitan): every rank keeps a share of each weight, its gradient,
+its moments and its average; before a block runs its weights are gathered, and they stay until its backward is done
+(ZeRO's second stage). Freed after the forward they would save memory once more; but gates are asked again outside their
+block (the balance loss of time gates), and gathering twice costs half as many messages again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from raphael.precision import autocast
+from raphael.randomness import SampleRng
+from raphael.strict import ConfigError
+from raphael.train.world import World
+
+
+def prepare(objective: nn.Module, world: World) -> None:
+    """Recompute, compile and share out the objective's blocks, in place and in this order. Names stay as they are.
+
+    Comes before the optimizer: a parameter that is shared out is another object. Raises ConfigError.
+    """
+    parallel = world.parallel
+    blocks = blocks_of(objective)
+    for key in ("checkpoint_activations", "compile"):
+        if getattr(parallel, key) != "none" and not blocks:
+            raise ConfigError(
+                f"parallel.{key}: got blocks, but {type(objective).__name__} has no network with transformer_blocks(), "
+                "expected none"
+            )
+    for block in blocks:
+        if parallel.checkpoint_activations == "blocks":
+            block.recompute = True
+        if parallel.compile == "blocks":
+            block.compile()
+    if world.sharded:
+        _share_out(objective, blocks, world)
+
+
+def blocks_of(objective: nn.Module) -> list[nn.Module]:
+    owners = [module for module in objective.modules() if hasattr(module, "transformer_blocks")]
+    return list(dict.fromkeys(block for owner in owners for block in owner.transformer_blocks()))
+
+
+def network_of(objective: nn.Module) -> nn.Module:
+    """The innermost module that holds every trainable parameter: what drawing calls, too, so FSDP2's root."""
+    module = objective
+    while True:
+        holders = [
+            child for child in module.children() if any(parameter.requires_grad for parameter in child.parameters())
+        ]
+        if len(holders) != 1 or any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+            return module
+        (module,) = holders
+
+
+def _share_out(objective: nn.Module, blocks: list[nn.Module], world: World) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+    if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        raise ConfigError(
+            f"parallel.strategy: got fsdp2 with torch {torch.__version__}, expected torch 2.15 or later: before, a "
+            "parameter that one worker did not use made the others wait for ever; set ddp"
+        )
+    with torch.no_grad():
+        for parameter in objective.parameters():
+            torch.distributed.broadcast(parameter, src=0)  # as DDP does: the shares are of one tensor
+            if parameter.requires_grad and not parameter.is_contiguous():
+                parameter.data = parameter.data.contiguous()  # FSDP2 knows one order in memory, not channels-last
+    kind = torch.device(world.device).type
+    options = {
+        "mesh": init_device_mesh(kind, (world.size,)),
+        # Weights are gathered in fp32 and autocast casts what it would cast anyway: the arithmetic is that of DDP, gates
+        # route by fp32 weights, and drawing in another precision still can. Cost: twice the bytes of gathering bf16.
+        "mp_policy": MixedPrecisionPolicy(param_dtype=None, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        "reshard_after_forward": False,
+    }
+    for block in blocks:
+        fully_shard(block, **options)
+    network = network_of(objective)
+    fully_shard(network, **options)
+    network.set_reduce_scatter_unused_params(True)  # an idle expert gives zero, and nobody waits for it
+
+
+class Replica:
+    """This rank's copy of the objective, or its share: from a batch to gradients that are the mean over all ranks."""
+
+    def __init__(self, objective: nn.Module, world: World, precision: str):
+        self.world, self.precision = world, precision
+        self.objective = objective
+        self.module = _replicate(_Losses(objective), world)
+
+    def gradients(self, batch: dict[str, Tensor], rng: SampleRng) -> dict[str, Tensor]:
+        """Forward and backward of this rank's slice. Returns the losses and statistics, without gradient.
+
+        In several passes each counts by its share of the images, so that a mean over the batch stays one; a statistic
+        that is no such mean (an expert's share of the tokens) becomes the mean over passes, as it is over ranks.
+        """
+        parts = self.parts(len(rng))
+        if len(parts) == 1:
+            with autocast(self.precision, self.world.device):
+                loss, outputs = self.module(batch, rng)
+            loss.backward()
+            return outputs
+        summed: dict[str, Tensor] = {}
+        for part in parts:
+            share = (part.stop - part.start) / len(rng)
+            with self._sending(part is parts[-1]):
+                with autocast(self.precision, self.world.device):
+                    loss, outputs = self.module(
+                        {name: tensor[part] for name, tensor in batch.items()},
+                        SampleRng(rng.seed, rng.epochs[part], rng.indices[part]),
+                    )
+                (share * loss).backward()
+            for name, value in outputs.items():
+                summed[name] = share * value + summed[name] if name in summed else share * value
+        return summed
+
+    def parts(self, count: int) -> list[slice]:
+        """The passes over `count` images, the last one perhaps shorter."""
+        size = self.world.parallel.micro_batch or count
+        return [slice(first, min(first + size, count)) for first in range(0, count, size)]
+
+    @contextlib.contextmanager
+    def _sending(self, last: bool) -> Iterator[None]:
+        """Inside, gradients stay on this rank unless this is the last pass: one exchange a step, not one a pass."""
+        if self.world.sharded:
+            network = network_of(self.objective)
+            network.set_requires_gradient_sync(last)
+            network.set_is_last_backward(last)
+            yield
+        elif self.world.size > 1 and not last:
+            with self.module.no_sync():
+                yield
+        else:
+            yield
+
+    @contextlib.contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Inside, the network may be called for pictures: by rank 0 alone, or by all ranks where it is shared out."""
+        self.objective.eval()
+        yield
+        self.objective.train()
+        if self.world.sharded:
+            release(self.objective)
+
+
+def release(objective: nn.Module) -> None:
+    """Free gathered weights. Without it the next forward would take them for those of the shares, changed since."""
+    for module in objective.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+
+
+class _Losses(nn.Module):
+    """The objective as DDP wants it: only the loss carries gradients out, so a statistic cannot claim a parameter."""
+
+    def __init__(self, objective: nn.Module):
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, batch: dict[str, Tensor], rng: SampleRng) -> tuple[Tensor, dict[str, Tensor]]:
+        outputs = self.objective(batch, rng)
+        return outputs["loss"], {name: torch.as_tensor(value).detach() for name, value in outputs.items()}
+
+
+def _replicate(module: nn.Module, world: World) -> nn.Module:
+    if world.size == 1 or world.sharded:
+        return module
+    import warnings
+
+    warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
+    return nn.parallel.DistributedDataParallel(
+        module, find_unused_parameters=True, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
