@@ -129,8 +129,20 @@ class CheckpointHome:
         return sorted(path for path in self.folder.glob("[0-9]*") if path.is_dir())
 
     def save(self, images: int, groups: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> Path:
+        """Raises CheckpointError where it cannot be written, a full disk say; those before it are whole."""
+        from safetensors import SafetensorError
+
         path = self.folder / f"{images:012d}"
-        write_checkpoint(path, groups, meta)
+        try:
+            write_checkpoint(path, groups, meta)
+        except (OSError, SafetensorError) as error:
+            size = sum(tensor.nbytes for tensors in groups.values() for tensor in tensors.values())
+            before = self.all()
+            raise CheckpointError(
+                f"{path}: the checkpoint cannot be written ({getattr(error, 'strerror', None) or error}); it takes "
+                f"{size / 1e9:,.3f} GB, {shutil.disk_usage(self.folder).free / 1e9:,.3f} GB are free: make room, then "
+                f"the same command goes on from {f'{before[-1]}, which is whole' if before else 'the start'}"
+            ) from error
         for old in self.all()[: -self.keep]:
             shutil.rmtree(old)
         return path

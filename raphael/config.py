@@ -134,8 +134,10 @@ class LoopConfig:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: got {self.betas}, expected two numbers from 0 to below 1")
         if 0 < self.spike_factor <= 1:
-            raise ValueError(f"spike_factor: got {self.spike_factor:g}, expected 0 (off) or above 1: half of all losses "
-                             "lie above their median")
+            raise ValueError(
+                f"spike_factor: got {self.spike_factor:g}, expected 0 (off) or above 1: half of all losses lie above "
+                "their median"
+            )
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ import torch
 
 def autocast(precision: str, device: str | torch.device) -> torch.autocast:
     """`with autocast("auto", "cpu"):` precision is "fp32", "bf16" or "auto": bf16 where it is native."""
-    kind = torch.device(device).type
-    wanted = precision == "bf16" or (precision == "auto" and native_bf16(kind))
-    return torch.autocast(kind, torch.bfloat16, enabled=wanted)
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=wants_bf16(precision, device))
+
+
+def wants_bf16(precision: str, device: str | torch.device) -> bool:
+    return precision == "bf16" or (precision == "auto" and native_bf16(torch.device(device).type))
 
 
 def native_bf16(kind: str) -> bool:

@@ -19,7 +19,9 @@ from raphael.net.unet import BlockOutput, GateNoise, UNet, UNetOutput
 from raphael.preset import DiffusionConfig
 from raphael.randomness import SampleRng
 from raphael.records import EDGES, MOMENTS, TOKEN_IDS
+from raphael.strict import to_dict
 
+NO_PART_OF_THE_LOSS = ("num_workers", "use_gpu", "sample_prompts", "num_sample_prompts", "parallel", "loop")
 BALANCE_TIMESTEPS = 64  # of the grid on which the time gates' balance is judged
 
 
@@ -61,6 +63,8 @@ class DenoisingObjective(nn.Module):
         self.prediction = diffusion.prediction
         self.config = config
         self.scale = scale
+        losses = {name: value for name, value in to_dict(config).items() if name not in NO_PART_OF_THE_LOSS}
+        self.settings = {**losses, "diffusion": to_dict(diffusion), "scale": to_dict(scale)}  # a checkpoint keeps them
         grid = torch.linspace(0, diffusion.num_steps - 1, BALANCE_TIMESTEPS)
         self.register_buffer("balance_timesteps", grid, persistent=False)
 

@@ -7,6 +7,7 @@ command goes on from the newest checkpoint, in the same MLflow run, and ends in 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -27,6 +28,7 @@ def run(config: Config, stage: Stage) -> None:
     from raphael import tracking
     from raphael.checkpoint import CheckpointHome
 
+    check_machine(config)
     folders = open_folders(config, stage)
     job = start_run(config, stage, folders)
     tracker = tracking.MlflowTracker(job.tracking_uri, job.run_id, job.journal)
@@ -63,11 +65,39 @@ def open_folders(config: Config, stage: Stage) -> Folders:
                 f"{path.relative_to(stage.root)}: absent; run the stages before this one "
                 "(dvc repro train, or make demo)"
             )
-    settings = {"picture": to_dict(config.picture), "train": to_dict(config.train)}
+    settings = {"picture": to_dict(config.picture), "train": decisive(config)}
     settings |= {"preset": to_dict(config.model.load()), "drawing": to_dict(config.generate)}
     records = read_manifest(places.records, FORM)["sha256"]
     workdir = stage.workdir(settings, records, places.autoencoder, places.clip, places.prompts)
     return Folders.of(stage.root, workdir)
+
+
+def decisive(config: Config) -> dict[str, Any]:
+    """What of `train` makes another training; with the rest changed, work goes on where it was.
+
+    The rest: how the work is spread (the update is the same up to rounding), and how often something is logged, saved
+    or drawn. num_images belongs to it where the rate is constant: then going on is what one longer run does.
+    """
+    from raphael.train.state import FREE
+
+    settings = to_dict(config.train)
+    for name in ("parallel", "num_workers", "use_gpu"):
+        del settings[name]
+    keep = () if config.train.loop.schedule == "constant" else ("num_images",)
+    settings["loop"] = {name: value for name, value in settings["loop"].items() if name not in FREE or name in keep}
+    return settings
+
+
+def check_machine(config: Config) -> None:
+    """Raises StageError where the settings ask for GPUs that are not there: Ray would wait for them for ever."""
+    import torch
+
+    wanted, found = max(1, config.train.num_workers), torch.cuda.device_count()
+    if config.train.use_gpu and found < wanted and not os.environ.get("RAY_ADDRESS"):
+        raise StageError(
+            f"train.use_gpu: got true with {wanted} worker{'s' if wanted > 1 else ''}, but torch {torch.__version__} "
+            f"sees {found} GPUs here, expected one a worker; set train.use_gpu to false, or lower train.num_workers"
+        )
 
 
 def start_run(config: Config, stage: Stage, folders: Folders) -> Job:
@@ -106,8 +136,10 @@ def work(job: Job, watcher: Watcher) -> None:
     else:
         from raphael.train.ray_trainer import Cluster, fit
 
-        name = f"train-{job.folders.work.name}"  # holds the hash of settings and data
-        fit(train_denoiser, job, Cluster(train.num_workers, train.use_gpu, name, job.folders.work / "ray"), watcher)
+        name = f"train-{job.folders.work.name}-{train.num_workers}"  # holds the hash of settings and data
+        limits = train.parallel.max_failures, train.parallel.collective_timeout_s
+        cluster = Cluster(train.num_workers, train.use_gpu, name, job.folders.work / "ray", *limits)
+        fit(train_denoiser, job, cluster, watcher)
     watcher()
 
 

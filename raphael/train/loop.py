@@ -28,12 +28,15 @@ from torch import Tensor, nn
 from raphael.checkpoint import CheckpointHome
 from raphael.config import LoopConfig
 from raphael.randomness import SampleRng
-from raphael.stage import StageError
 from raphael.train.batches import Batches
+from raphael.train.faults import BadSteps, TrainingError
 from raphael.train.optim import clip_gradients, learning_rate
-from raphael.train.parallel import Replica, prepare
+from raphael.train.parallel import Replica, outlook, prepare
 from raphael.train.state import State
+from raphael.train.watchdog import Watchdog
 from raphael.train.world import World
+
+__all__ = ["Hooks", "Objective", "TrainingError", "World", "train"]
 
 
 class Objective(Protocol):
@@ -54,10 +57,6 @@ class Data(Protocol):
 
 class Tracker(Protocol):
     def log(self, metrics: dict[str, float], step: int) -> None: ...
-
-
-class TrainingError(StageError):
-    """The training cannot go on. One line."""
 
 
 def _nothing(*_: Any) -> None:
@@ -100,9 +99,11 @@ def train(
     name)}; the objective holds the last weights. Nothing in it depends on time, rank or restarts.
 
     SIGTERM and Ctrl-C: the step ends, a checkpoint is written, then SystemExit(143) or KeyboardInterrupt. (With several
-    workers they agree at the next point logged.) Raises TrainingError where the loss is not finite; CheckpointError.
+    workers they agree at the next point logged.) Raises TrainingError (raphael/train/faults.py), CheckpointError (of
+    other settings, damaged, or no room to write), WorkerLost.
     """
     chief = world.rank == 0
+    say = hooks.say if chief else _nothing
     prepare(objective.to(world.device).train(), world)
     batches = Batches(seed, len(data), loop.batch_size, world.rank, world.size)
     state = State(objective, loop, {"seed": seed, "num_samples": len(data)})
@@ -110,23 +111,27 @@ def train(
     if chief:
         home.sweep()
     resumed_at = None
-    if (newest := home.newest(hooks.say if chief else _nothing)) is not None:
-        state.unpack(*newest, where=folder)
+    if (newest := home.newest(say)) is not None:
+        for note in state.unpack(*newest, where=folder):
+            say(note)
         resumed_at = state.images
-        if chief and resumed_at < loop.num_images:
-            hooks.say(f"going on from the checkpoint at {resumed_at:,} images")
+        if resumed_at < loop.num_images:
+            say(f"going on from the checkpoint at {resumed_at:,} images")
     replica = Replica(objective, world, loop.precision)
-    watch = _Watch(world, batches, data)
+    faults = BadSteps(state, world, batches, data, Path(folder), say)
     clock = _Clock(state.images)
+    if state.images < loop.num_images:
+        say(outlook(state, world))
 
-    with _StopRequest() as stop:
+    with _StopRequest() as stop, Watchdog(world, hooks.say) as watchdog:
         while True:
             # Periodic work. At the very image count of a checkpoint it was all done before that was written.
+            watchdog.at("between two steps", state.images)
             done = state.images >= loop.num_images
             stopping = stop.requested and world.size == 1
             if state.images != resumed_at:
                 if state.summed_steps and (done or _due(loop.log_every_images, state)):
-                    watch.check()
+                    faults.check()
                     stopping = world.any(bool(stop.requested))
                     point = _mean_over_ranks(state, world)
                     point["train/learning_rate"] = learning_rate(state.images, loop)
@@ -142,7 +147,7 @@ def train(
                     with clock.paused(), state.ema.applied(), replica.drawing():
                         hooks.on_sample(state.images)
                 if state.images and (done or stopping or _due(loop.checkpoint_every_images, state)):
-                    watch.check()
+                    faults.check()
                     if state.summed_steps:
                         _share_sums(state, world)
                     if chief or world.sharded:
@@ -155,22 +160,24 @@ def train(
             if done:
                 break
             if stopping:
-                stop.leave(hooks.say if chief else _nothing, state.images)
+                stop.leave(say, state.images)
 
             # Step.
+            watchdog.at("reading its batch", state.images)
             epochs, indices = batches.own(state.step)
             rng = SampleRng(seed, epochs, indices)
             batch = {name: torch.from_numpy(array).to(world.device) for name, array in data.batch(indices).items()}
+            watchdog.at("computing", state.images)
             outputs = replica.gradients(batch, rng)
             norm = clip_gradients(state.parameters.values(), loop.clip_norm)
-            watch.see(norm if world.size > 1 else norm + outputs["loss"], state.images)
+            bad = faults.judge(outputs["loss"], norm)
             for group in state.optimizer.param_groups:
                 group["lr"] = learning_rate(state.images + loop.batch_size, loop)
-            state.optimizer.step()
+            state.optimizer.step(bad)
             state.optimizer.zero_grad()
 
             # State.
-            state.add({**outputs, "gradient_norm": norm})
+            state.add({**outputs, "gradient_norm": norm}, bad)
             state.images += loop.batch_size
             state.ema.update(state.step)
             if chief:
@@ -185,11 +192,14 @@ def _due(every: int, state: State) -> bool:
 
 
 def _mean_over_ranks(state: State, world: World) -> dict[str, float]:
-    """The interval's means, vectors spread over names: train/<name>, train/<name>/<i>, train/<name>/<i>.<j> ..."""
+    """The interval's means over its good steps, vectors spread over names: train/<name>, train/<name>/<i>,
+    train/<name>/<i>.<j> ... and train/skipped, the number of the others. Without a good step that is all."""
     _share_sums(state, world)
-    point = {}
-    for name in sorted(state.sums):
-        mean = (state.sums[name].double() / state.summed_steps).cpu().numpy()
+    skipped = float(state.sums["skipped"])
+    point = {"train/skipped": skipped}
+    good = state.summed_steps - skipped
+    for name in sorted(state.sums.keys() - {"skipped"}) if good else ():
+        mean = (state.sums[name].double() / good).cpu().numpy()
         for place in np.ndindex(mean.shape):
             suffix = "/" + ".".join(map(str, place)) if place else ""
             point[f"train/{name}{suffix}"] = float(mean[place])
@@ -204,38 +214,6 @@ def _share_sums(state: State, world: World) -> None:
     flat = world.sum(torch.cat([state.sums[name].reshape(-1) for name in names])) / world.size
     parts = flat.split([state.sums[name].numel() for name in names])
     state.sums = {name: part.reshape(state.sums[name].shape).clone() for name, part in zip(names, parts, strict=True)}
-
-
-class _Watch:
-    """Finds the first step whose loss or gradient is not finite.
-
-    On a CPU at once, before the weights are touched; elsewhere reading a number would stop the device at every step,
-    so it is found at the next point logged and always before a checkpoint. With several workers the gradient, shared
-    by all, tells all of them at the same step.
-    """
-
-    def __init__(self, world: World, batches: Batches, data: Data):
-        self.world, self.batches, self.data = world, batches, data
-        self.first = torch.tensor(-1, dtype=torch.int64, device=world.device)
-
-    def see(self, value: Tensor, images: int) -> None:
-        bad = ~torch.isfinite(value.float())
-        self.first = torch.where(bad & (self.first < 0), images, self.first)
-        if self.first.device.type == "cpu":
-            self.check()
-
-    def check(self) -> None:
-        images = int(self.first)
-        if images < 0:
-            return
-        _, indices = self.batches.everyone(images // self.batches.batch_size)
-        names = getattr(self.data, "keys", None)
-        keys = [names[index] if names is not None else f"#{index}" for index in indices]
-        shown = ", ".join(keys[:16]) + (f" and {len(keys) - 16} more" if len(keys) > 16 else "")
-        raise TrainingError(
-            f"the loss is not finite in the batch after {images:,} images (keys {shown}); the last checkpoint is "
-            "whole: lower loop.learning_rate, lengthen loop.warmup_images, set loop.clip_norm, or look at these samples"
-        )
 
 
 class _Clock:

@@ -63,6 +63,9 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
+        """Where the attribute `found_inf` is a tensor that is not 0, nothing changes (as in torch's fused AdamW)."""
+        found_inf = getattr(self, "found_inf", None)
+        self.bad = None if found_inf is None else found_inf != 0
         for group in self.param_groups:
             alike: dict[tuple, list[nn.Parameter]] = defaultdict(list)  # one batched product per shape, not per layer
             for parameter in group["params"]:
@@ -77,7 +80,8 @@ class Muon(torch.optim.Optimizer):
         counts = [len(parameter) if parameter.ndim == 3 else 1 for parameter in parameters]
         for parameter, update in zip(parameters, orthogonal.split(counts), strict=True):
             if weight_decay:
-                parameter.mul_(1 - lr * weight_decay)
+                factor = 1 - lr * weight_decay
+                own(parameter).mul_(factor if self.bad is None else torch.where(self.bad, 1.0, factor))
             update = as_shared(_as(update.to(parameter.dtype), parameter), like=parameter)
             own(parameter).add_(own(update), alpha=-lr * scale)
 
@@ -85,8 +89,14 @@ class Muon(torch.optim.Optimizer):
         state = self.state[parameter]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
-        momentum = state["momentum"].lerp_(parameter.grad, 1 - MOMENTUM)
-        return parameter.grad.lerp(momentum, MOMENTUM)  # Nesterov's look ahead
+        if self.bad is None:
+            momentum = state["momentum"].lerp_(parameter.grad, 1 - MOMENTUM)
+            return parameter.grad.lerp(momentum, MOMENTUM)  # Nesterov's look ahead
+        momentum, gradient = own(state["momentum"]), own(parameter.grad)
+        momentum.copy_(torch.where(self.bad, momentum, momentum.lerp(gradient, 1 - MOMENTUM)))
+        ahead = parameter.grad.lerp(state["momentum"], MOMENTUM)
+        own(ahead).copy_(torch.where(self.bad, 0.0, own(ahead)))  # and 0 orthogonalised is 0
+        return ahead
 
 
 def _sides(parameter: Tensor) -> tuple[int, int]:

@@ -64,13 +64,34 @@ class Optimizers:
     def param_groups(self) -> list[dict]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
-    def step(self) -> None:
+    def step(self, bad: Tensor | None = None) -> None:
+        """bad: bool (), on the device; where it is true nothing changes, neither weights nor moments.
+
+        On a CPU it is looked at. Elsewhere that would stop the device at every step, so the update itself is masked.
+        """
+        if bad is not None and bad.device.type == "cpu":
+            if bad:
+                return
+            bad = None
+        self.masked_step(bad)
+
+    def masked_step(self, bad: Tensor | None) -> None:
         for optimizer in self.optimizers:
+            optimizer.found_inf = None if bad is None else bad.float()  # fused AdamW's and our Muon's name for it
             optimizer.step()
 
     def zero_grad(self) -> None:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
+
+    def expected_bytes(self) -> int:
+        """Of the moments that this rank will hold: two of AdamW, one of Muon."""
+        return sum(
+            (1 if isinstance(optimizer, Muon) else 2) * own(parameter.detach()).nbytes
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        )
 
     def moments(self, parameter: Tensor) -> dict[str, Tensor]:
         """By name; empty for a parameter that never had a gradient."""

@@ -1,26 +1,31 @@
-"""How an objective runs in its world: recomputed or compiled block by block, shared out over workers, in several passes.
+"""How an objective runs in its world: recomputed or compiled block by block, shared out, in one pass or several.
 
 Nothing here changes an update beyond rounding, whatever the objective is. What a "block" is, its network says: a module
 with `transformer_blocks()`. A block has a switch `recompute`, and runs on every rank at every pass.
 
-FSDP2 (arXiv 2304.11277; per-parameter sharding as in torchtitan): every rank keeps a share of each weight, its gradient,
-its moments and its average; before a block runs its weights are gathered, and they stay until its backward is done
-(ZeRO's second stage). Freed after the forward they would save memory once more; but gates are asked again outside their
-block (the balance loss of time gates), and gathering twice costs half as many messages again.
+FSDP2 (arXiv 2304.11277; per-parameter sharding as in torchtitan): every rank keeps a share of each weight, its
+gradient, its moments and its average; before a block runs its weights are gathered, and they stay until its backward is
+done (ZeRO's second stage). Freed after the forward they would save memory once more; but gates are asked again outside
+their block (the balance loss of time gates), and gathering twice costs half as many messages again.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from raphael.precision import autocast
+from raphael.precision import autocast, wants_bf16
 from raphael.randomness import SampleRng
 from raphael.strict import ConfigError
+from raphael.train.sharding import own
 from raphael.train.world import World
+
+if TYPE_CHECKING:
+    from raphael.train.state import State
 
 
 def prepare(objective: nn.Module, world: World) -> None:
@@ -79,8 +84,8 @@ def _share_out(objective: nn.Module, blocks: list[nn.Module], world: World) -> N
     kind = torch.device(world.device).type
     options = {
         "mesh": init_device_mesh(kind, (world.size,)),
-        # Weights are gathered in fp32 and autocast casts what it would cast anyway: the arithmetic is that of DDP, gates
-        # route by fp32 weights, and drawing in another precision still can. Cost: twice the bytes of gathering bf16.
+        # Weights are gathered in fp32 and autocast casts what it would cast anyway: the arithmetic is that of DDP,
+        # gates route by fp32 weights, and drawing may use another precision. Cost: twice the bytes of gathering bf16.
         "mp_policy": MixedPrecisionPolicy(param_dtype=None, reduce_dtype=torch.float32, cast_forward_inputs=False),
         "reshard_after_forward": False,
     }
@@ -159,6 +164,32 @@ def release(objective: nn.Module) -> None:
     for module in objective.modules():
         if hasattr(module, "reshard"):
             module.reshard()
+
+
+def outlook(state: State, world: World) -> str:
+    """What is on, and the memory of one worker that does not depend on the batch: said at the start."""
+    parallel, loop = world.parallel, state.loop
+    images = loop.batch_size // world.size
+    passes = -(-images // (parallel.micro_batch or images))
+    spread = f"{world.size} workers ({parallel.strategy})" if world.size > 1 else "1 worker"
+    on = [
+        f"{spread} on {world.device}", f"precision {'bf16' if wants_bf16(loop.precision, world.device) else 'fp32'}",
+        f"batch {loop.batch_size} ({images} a worker, {passes} {'pass' if passes == 1 else 'passes'})", loop.optimizer,
+    ]  # fmt: skip
+    on += ["blocks recomputed"] if parallel.checkpoint_activations == "blocks" else []
+    on += ["blocks compiled"] if parallel.compile == "blocks" else []
+    on += [f"losses above {loop.spike_factor:g} medians skipped"] if loop.spike_factor else []
+    trained = sum(own(parameter.detach()).nbytes for parameter in state.parameters.values())
+    parts = {
+        "weights": trained + sum(tensor.nbytes for tensor in state.buffers.values()),
+        "gradients": trained,
+        "optimizer": state.optimizer.expected_bytes(),
+        "average": sum(own(tensor).nbytes for tensor in state.ema.average.values()),
+    }
+    if world.sharded:  # whole ones, between forward and backward
+        parts["gathered weights"] = sum(parameter.numel() * 4 for parameter in state.parameters.values())
+    memory = " + ".join(f"{name} {size / 2**20:,.1f}" for name, size in parts.items() if size)
+    return f"{', '.join(on)}; {memory} = {sum(parts.values()) / 2**20:,.1f} MiB a worker, activations beside"
 
 
 class _Losses(nn.Module):

@@ -27,7 +27,6 @@ from typing import Any
 from raphael.stage import StageError
 
 OBJECT_STORE_BYTES = 200 << 20  # the loop moves nothing through it; Ray refuses less than 75 MiB
-MAX_RESTARTS = 3  # of the worker group, in one run of the stage
 START_ATTEMPTS = 2
 MARK = "RAPHAEL_RAY_RUN"  # in the environment of every process of one Ray
 START_PATIENCE_S = 120.0
@@ -37,12 +36,24 @@ POLL_S = 0.5
 
 @dataclass(frozen=True)
 class Cluster:
-    """How many workers, and where they work. name: of the run; it must change with the settings."""
+    """How many workers, and where they work. name: of the run; it must change with the settings.
+
+    max_failures: restarts of the group in one run. timeout_s: after which a message nobody answers is a failure.
+    """
 
     num_workers: int
     use_gpu: bool
     name: str
     storage: Path  # absolute
+    max_failures: int = 3
+    timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 1:
+            raise StageError(
+                f"train.num_workers: got {self.num_workers} Ray workers, expected at least 1; 0 in params.yaml trains "
+                "in this process, without Ray"
+            )
 
 
 def fit(work: Callable[[Any, Any], Any], job: Any, cluster: Cluster, watch: Callable[[], None] = lambda: None) -> None:
@@ -70,12 +81,14 @@ def fit(work: Callable[[Any, Any], Any], job: Any, cluster: Cluster, watch: Call
                 "use_gpu": cluster.use_gpu,
                 "failure": given_up,
             },
-            torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
+            torch_config=TorchConfig(
+                backend="nccl" if cluster.use_gpu else "gloo", timeout_s=max(1, round(cluster.timeout_s))
+            ),
             scaling_config=ScalingConfig(num_workers=cluster.num_workers, use_gpu=cluster.use_gpu),
             run_config=RunConfig(
                 name=cluster.name,
                 storage_path=str(cluster.storage),
-                failure_config=FailureConfig(max_failures=MAX_RESTARTS),
+                failure_config=FailureConfig(max_failures=cluster.max_failures),
                 logging_config=LoggingConfig(log_level="WARNING"),
             ),
         )

@@ -3,6 +3,8 @@ the same, bit for bit, as never having stopped."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 import torch
@@ -15,6 +17,11 @@ from raphael.train.ema import Ema
 from raphael.train.optim import make_optimizer
 from raphael.train.sharding import as_shared, is_shared_out, own, whole
 
+RECENT = 64  # losses whose median a spike is measured by
+# Settings that may change between a checkpoint and its resumption (num_images: upwards)
+FREE = (
+    "num_images", "log_every_images", "checkpoint_every_images", "sample_every_images", "max_bad_steps", "spike_factor",
+)  # fmt: skip
 MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum")  # of AdamW, of Muon
 
 
@@ -23,7 +30,8 @@ class State:
 
     def __init__(self, objective: nn.Module, loop: LoopConfig, facts: dict[str, Any]):
         self.loop = loop
-        self.facts = {"loop": to_dict(loop), **facts}
+        # a network's shape is known by its tensors; what else its losses depend on, an objective may tell
+        self.facts = {"loop": to_dict(loop), "objective": getattr(objective, "settings", {}), **facts}
         self.parameters = {name: value for name, value in objective.named_parameters() if value.requires_grad}
         owned = {name for name, _ in objective.named_parameters()}
         self.buffers = {
@@ -35,16 +43,25 @@ class State:
         self.sums: dict[str, Tensor] = {}
         self.summed_steps = 0
         self.history: list[dict[str, float]] = []
+        self.bad_in_row = 0  # steps (raphael/train/faults.py)
+        device = next(iter(self.parameters.values())).device
+        self.recent = torch.full((RECENT,), torch.nan, device=device)  # losses of the last good steps, where asked for
+        self.extended: list[dict[str, int]] = []  # when num_images was raised
 
     @property
     def step(self) -> int:
         """Steps taken = number of the next one."""
         return self.images // self.loop.batch_size
 
-    def add(self, outputs: dict[str, Tensor]) -> None:
-        """Take the step's losses and statistics into the sums of this log interval. Stays on the device."""
-        for name, value in outputs.items():
+    def add(self, outputs: dict[str, Tensor], bad: Tensor) -> None:
+        """Take the step's losses and statistics into the sums of this log interval. Stays on the device.
+
+        bad: bool (); of a bad step only that is counted, as "skipped".
+        """
+        for name, value in {**outputs, "skipped": bad}.items():
             value = torch.as_tensor(value).detach().float()
+            if name != "skipped":
+                value = torch.where(bad, 0.0, value)
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
         self.summed_steps += 1
 
@@ -64,24 +81,28 @@ class State:
             "optimizer": optimizer,
             "ema": dict(self.ema.average),
             "sums": dict(self.sums),
+            "recent": {"losses": self.recent},
         }
         groups = {kind: _gathered(tensors, chief) for kind, tensors in groups.items()}
         meta = {
             "images_seen": self.images,
             "summed_steps": self.summed_steps,
             "history": self.history,
+            "bad_in_row": self.bad_in_row,
+            "extended": self.extended,
             "facts": self.facts,
+            "config_sha256": sha256_of(decisive(self.facts)),
         }
         return groups, meta
 
-    def unpack(self, groups: dict[str, dict[str, Tensor]], meta: dict[str, Any], where: object) -> None:
-        """Become what was packed. Raises CheckpointError where it belongs to another training."""
-        for name, expected in self.facts.items():
-            if (got := meta["facts"].get(name)) != expected:
-                raise CheckpointError(
-                    f"{where}: made with {name} {got}, this training has {expected}; delete that folder to start over, "
-                    "or restore the settings to go on"
-                )
+    def unpack(self, groups: dict[str, dict[str, Tensor]], meta: dict[str, Any], where: object) -> list[str]:
+        """Become what was packed. Returns lines that a person should read.
+
+        Raises CheckpointError where it belongs to another training. The pace of logs, checkpoints and pictures may be
+        another, the rules for bad steps too, and num_images larger.
+        """
+        notes = self._compare(meta["facts"], meta["images_seen"], where)
+        self.extended = [*meta.get("extended", []), *self.extended]
         for kind, mine in (("model", {**self.parameters, **self.buffers}), ("ema", self.ema.average)):
             _copy(mine, groups[kind], f"{where}: {kind}")
         stored = groups["optimizer"]
@@ -97,6 +118,49 @@ class State:
         device = next(iter(self.parameters.values())).device
         self.sums = {name: tensor.to(device) for name, tensor in groups["sums"].items()}
         self.images, self.summed_steps, self.history = meta["images_seen"], meta["summed_steps"], meta["history"]
+        self.bad_in_row = meta.get("bad_in_row", 0)
+        if "recent" in groups:
+            self.recent = groups["recent"]["losses"].to(device)
+        return notes
+
+    def _compare(self, stored: dict[str, Any], images: int, where: object) -> list[str]:
+        made, now = flat(decisive(stored)), flat(decisive(self.facts))
+        for key in made.keys() & now.keys():  # what only one knows was added to the settings since
+            if made[key] != now[key]:
+                raise CheckpointError(
+                    f"{where}: made with {key} {made[key]}, this training has {now[key]}; delete that folder to start "
+                    "over, or restore the settings to go on"
+                )
+        before, wanted = stored["loop"]["num_images"], self.loop.num_images
+        if wanted < before:
+            raise CheckpointError(
+                f"{where}: made with loop.num_images {before}, this training has {wanted}, expected at least {before}; "
+                "delete that folder to start over, or restore the settings to go on"
+            )
+        if wanted == before:
+            return []
+        self.extended = [{"at_images": images, "from": before, "to": wanted}]
+        note = f"loop.num_images was raised from {before:,} to {wanted:,} after {images:,} images"
+        if self.loop.schedule != "constant":
+            note += "; the rate follows the longer schedule from here, which one run of that length did from its start"
+        return [note]
+
+
+def decisive(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts without what may change."""
+    return {**facts, "loop": {name: value for name, value in facts["loop"].items() if name not in FREE}}
+
+
+def flat(facts: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"loop": {"betas": 1}} -> {"loop.betas": 1}"""
+    found: dict[str, Any] = {}
+    for name, value in facts.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
+def sha256_of(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _gathered(tensors: dict[str, Tensor], chief: bool) -> dict[str, Tensor]:

@@ -9,12 +9,19 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from truth.tiny_raphael import ROOT, small_unet
 from truth.toy_training import LOOP, ToyData
 
-from raphael.config import LoopConfig
+from raphael.config import LoopConfig, ParallelConfig, load_config
+from raphael.diffusion.denoiser import TextCondition
+from raphael.net.unet import UNet
+from raphael.objectives.denoising import DenoisingObjective, LatentScale
+from raphael.preset import load_preset
+from raphael.records import EDGES, MOMENTS, TOKEN_IDS
 from raphael.train.world import PLAIN
 
 SHORT = replace(LOOP, num_images=80, log_every_images=40, checkpoint_every_images=40, sample_every_images=40)
@@ -93,6 +100,61 @@ class BlockObjective(nn.Module):
         return {"loss": error + 0.01 * self.network.balance(), "error": error}
 
 
+class LatentData:
+    def __init__(self) -> None:
+        rng = np.random.default_rng(1)
+        self.fields = {
+            MOMENTS: rng.standard_normal((24, 8, 8, 8)).astype(np.float32),
+            TOKEN_IDS: rng.integers(0, 9, (24, 16)),
+            EDGES: rng.integers(0, 256, (24, 8, 8)).astype(np.uint8),
+        }
+
+    def __len__(self) -> int:
+        return 24
+
+    def batch(self, indices):
+        return {name: array[indices] for name, array in self.fields.items()}
+
+
+def denoising() -> DenoisingObjective:
+    """RAPHAEL's own objective at the smallest size, whose texts are rows of a random table."""
+    torch.manual_seed(0)
+    unet = UNet(small_unet()).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.05)
+    table = torch.randn(9, 32)
+    config = load_config(ROOT / "params.yaml").train
+
+    def encode(token_ids):
+        return TextCondition(table[token_ids], token_ids > 1)
+
+    diffusion = load_preset("tiny").diffusion
+    return DenoisingObjective(unet, encode, torch.zeros(16), diffusion, config, LatentScale(1.0))
+
+
+def run_denoising(folder: Path, parallel: ParallelConfig, world_size: int = 1, rank: int = 0):
+    """Three steps of it. Returns what the loop returned, and predictions by images seen."""
+    from raphael.train.loop import Hooks, World, train
+
+    loop = replace(
+        LOOP, num_images=12, batch_size=4, log_every_images=4, checkpoint_every_images=12, sample_every_images=4
+    )
+    objective, drawn = denoising(), {}
+
+    def draw(images):
+        with torch.no_grad():
+            context = torch.linspace(-1, 1, 2 * 16 * 32).view(2, 16, 32)
+            drawn[images] = objective.unet(torch.ones(2, 4, 8, 8), torch.tensor([9, 700]), context).prediction.clone()
+
+    result = train(
+        objective, LatentData(), loop, 7, folder=folder, world=World(rank, world_size, "cpu", parallel),
+        hooks=Hooks(on_sample=draw, say=lambda _: None),
+    )  # fmt: skip
+    return result, drawn
+
+
 def run(name: str, folder: Path, loop: LoopConfig | None = None, world_size: int = 1, rank: int = 0, die_at: int = 0):
     """Train one of RUNS to the end. Returns (objective, what the loop returned, {images: a picture})."""
     from raphael.train.loop import Hooks, World, train
@@ -121,7 +183,11 @@ def work(folder: str, rank: int, names: str, die_at: int) -> None:
         "gloo", init_method=f"file://{folder}/rendezvous.{os.getppid()}", rank=rank, world_size=2
     )
     for name in names.split(","):
-        _, _, pictures = run(name, Path(folder) / name, world_size=2, rank=rank, die_at=die_at)
+        if name == "raphael":
+            parallel = replace(PLAIN, strategy="fsdp2", checkpoint_activations="blocks", micro_batch=1)
+            _, pictures = run_denoising(Path(folder) / name, parallel, world_size=2, rank=rank)
+        else:
+            _, _, pictures = run(name, Path(folder) / name, world_size=2, rank=rank, die_at=die_at)
         if rank == 0:
             torch.save(pictures, Path(folder) / f"{name}.pt")
     torch.distributed.destroy_process_group()
