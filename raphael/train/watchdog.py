@@ -54,14 +54,20 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
-        self.done.set()
-        if self.world.size > 1 and isinstance(error, RuntimeError) and _of_transport(error):
-            raise WorkerLost(self.line(str(error))) from error
-
-    def line(self, error: str = "") -> str:
-        """Who is missing, as far as this rank can tell; where it cannot (a connection closed just now), torch's words."""
-        what, images = self.place
         waited_s = time.monotonic() - self.since_s
+        lost = (
+            self.world.size > 1 and isinstance(error, RuntimeError) and not isinstance(error, StageError | WorkerLost)
+        )
+        if lost and (waited_s >= self.limit_s or _of_transport(error)):
+            # one that died just now was heard a moment ago: listen until its silence tells it from the others
+            time.sleep((SILENT_PERIODS + 1) * self.period_s)
+            self.done.set()
+            raise WorkerLost(self.line(waited_s, str(error))) from error
+        self.done.set()
+
+    def line(self, waited_s: float, error: str = "") -> str:
+        """Who is missing, as far as this rank can tell; where it cannot, torch's words."""
+        what, images = self.place
         missing = self.missing()
         names = ", ".join(missing) or f"another worker ({' '.join(error.split())[:200] or 'all give signs of life'})"
         return (
@@ -101,7 +107,7 @@ class Watchdog:
                 self.read_s = time.monotonic()
             if not said and time.monotonic() - self.since_s > self.limit_s:
                 said = True
-                self.say(self.line())
+                self.say(self.line(time.monotonic() - self.since_s))
             if self.done.wait(self.period_s):
                 return
 
@@ -111,11 +117,9 @@ def _words(place: tuple[str, int]) -> str:
 
 
 def _of_transport(error: RuntimeError) -> bool:
-    """Whether the error is of a message between workers. gloo's are plain RuntimeErrors with its source file's name."""
-    if isinstance(error, StageError | WorkerLost):
-        return False
+    """Whether the error is of a message between workers. gloo's are plain RuntimeErrors, known by their words alone."""
     kinds = tuple(
         found for name in ("DistError", "DistBackendError") if (found := getattr(torch.distributed, name, None))
     )
-    words = ("gloo", "nccl", "connection closed by peer", "connection reset", "timed out")
+    words = ("gloo", "nccl", "connection closed", "connection reset", "timed out", "pair closure", "broken pipe")
     return isinstance(error, kinds) or any(word in str(error).lower() for word in words)
