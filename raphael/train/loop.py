@@ -31,7 +31,7 @@ from raphael.randomness import SampleRng
 from raphael.train.batches import Batches
 from raphael.train.faults import BadSteps, TrainingError
 from raphael.train.optim import clip_gradients, learning_rate
-from raphael.train.parallel import Replica, outlook, prepare
+from raphael.train.parallel import Replica, prepare
 from raphael.train.state import State
 from raphael.train.watchdog import Watchdog
 from raphael.train.world import World
@@ -121,7 +121,7 @@ def train(
     faults = BadSteps(state, world, batches, data, Path(folder), say)
     clock = _Clock(state.images)
     if state.images < loop.num_images:
-        say(outlook(state, world))
+        say(replica.outlook(state))
 
     with _StopRequest() as stop, Watchdog(world, hooks.say) as watchdog:
         while True:

@@ -78,9 +78,8 @@ def _share_out(objective: nn.Module, blocks: list[nn.Module], world: World) -> N
         )
     with torch.no_grad():
         for parameter in objective.parameters():
+            parameter.data = parameter.data.contiguous()  # FSDP2 knows one order in memory, not channels-last
             torch.distributed.broadcast(parameter, src=0)  # as DDP does: the shares are of one tensor
-            if parameter.requires_grad and not parameter.is_contiguous():
-                parameter.data = parameter.data.contiguous()  # FSDP2 knows one order in memory, not channels-last
     kind = torch.device(world.device).type
     options = {
         "mesh": init_device_mesh(kind, (world.size,)),
@@ -158,38 +157,41 @@ class Replica:
         if self.world.sharded:
             release(self.objective)
 
+    def outlook(self, state: State) -> str:
+        """What is on, and the memory of one worker that does not depend on the batch: said at the start."""
+        world, loop = self.world, state.loop
+        parallel = world.parallel
+        images = loop.batch_size // world.size
+        passes = -(-images // (parallel.micro_batch or images))
+        spread = f"{world.size} workers ({parallel.strategy})" if world.size > 1 else "1 worker"
+        on = [
+            f"{spread} on {world.device}",
+            f"precision {'bf16' if wants_bf16(loop.precision, world.device) else 'fp32'}",
+            f"batch {loop.batch_size} ({images} a worker, {passes} {'pass' if passes == 1 else 'passes'})",
+            loop.optimizer,
+        ]
+        on += ["blocks recomputed"] if parallel.checkpoint_activations == "blocks" else []
+        on += ["blocks compiled"] if parallel.compile == "blocks" else []
+        on += [f"losses above {loop.spike_factor:g} medians skipped"] if loop.spike_factor else []
+        held = sum(own(parameter.detach()).nbytes for parameter in self.objective.parameters())
+        trained = sum(own(parameter.detach()).nbytes for parameter in state.parameters.values())
+        parts = {
+            "weights": held + sum(tensor.nbytes for tensor in self.objective.buffers()),
+            "gradients": trained,
+            "optimizer": state.optimizer.expected_bytes(),
+            "average": sum(own(tensor).nbytes for tensor in state.ema.average.values()),
+        }
+        if world.sharded:  # whole ones, between forward and backward
+            parts["gathered weights"] = sum(parameter.numel() * 4 for parameter in state.parameters.values())
+        memory = " + ".join(f"{name} {size / 2**20:,.1f}" for name, size in parts.items() if size)
+        return f"{', '.join(on)}; {memory} = {sum(parts.values()) / 2**20:,.1f} MiB a worker, activations beside"
+
 
 def release(objective: nn.Module) -> None:
     """Free gathered weights. Without it the next forward would take them for those of the shares, changed since."""
     for module in objective.modules():
         if hasattr(module, "reshard"):
             module.reshard()
-
-
-def outlook(state: State, world: World) -> str:
-    """What is on, and the memory of one worker that does not depend on the batch: said at the start."""
-    parallel, loop = world.parallel, state.loop
-    images = loop.batch_size // world.size
-    passes = -(-images // (parallel.micro_batch or images))
-    spread = f"{world.size} workers ({parallel.strategy})" if world.size > 1 else "1 worker"
-    on = [
-        f"{spread} on {world.device}", f"precision {'bf16' if wants_bf16(loop.precision, world.device) else 'fp32'}",
-        f"batch {loop.batch_size} ({images} a worker, {passes} {'pass' if passes == 1 else 'passes'})", loop.optimizer,
-    ]  # fmt: skip
-    on += ["blocks recomputed"] if parallel.checkpoint_activations == "blocks" else []
-    on += ["blocks compiled"] if parallel.compile == "blocks" else []
-    on += [f"losses above {loop.spike_factor:g} medians skipped"] if loop.spike_factor else []
-    trained = sum(own(parameter.detach()).nbytes for parameter in state.parameters.values())
-    parts = {
-        "weights": trained + sum(tensor.nbytes for tensor in state.buffers.values()),
-        "gradients": trained,
-        "optimizer": state.optimizer.expected_bytes(),
-        "average": sum(own(tensor).nbytes for tensor in state.ema.average.values()),
-    }
-    if world.sharded:  # whole ones, between forward and backward
-        parts["gathered weights"] = sum(parameter.numel() * 4 for parameter in state.parameters.values())
-    memory = " + ".join(f"{name} {size / 2**20:,.1f}" for name, size in parts.items() if size)
-    return f"{', '.join(on)}; {memory} = {sum(parts.values()) / 2**20:,.1f} MiB a worker, activations beside"
 
 
 class _Losses(nn.Module):

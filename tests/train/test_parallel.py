@@ -14,7 +14,7 @@ from truth.toy_training import LOOP, ToyData, ToyObjective, fingerprint
 from raphael.checkpoint import CheckpointHome
 from raphael.strict import ConfigError
 from raphael.train.batches import Batches
-from raphael.train.loop import World, train
+from raphael.train.loop import Hooks, World, train
 from raphael.train.parallel import network_of
 from raphael.train.world import PLAIN
 
@@ -60,8 +60,6 @@ def alone(tmp_path_factory):
 
             def draw(images):
                 pictures[images] = objective.network(torch.ones(2, 6), torch.arange(2)).detach()
-
-            from raphael.train.loop import Hooks
 
             train(objective, ToyData(), loop, 7, folder=folder, hooks=Hooks(on_sample=draw, say=lambda _: None))
             known[loop] = (*CheckpointHome(folder).newest(), pictures)
@@ -180,6 +178,23 @@ def test_a_network_without_blocks_is_refused(tmp_path, key):
     world = World(parallel=replace(PLAIN, **{key: "blocks"}))
     with pytest.raises(ConfigError, match=f"parallel.{key}: got blocks, but ToyObjective has no network"):
         train(ToyObjective(), ToyData(), LOOP, 7, folder=tmp_path, world=world)
+
+
+@pytest.mark.parametrize(("optimizer", "moments"), [("adamw", 2), ("muon", 1)])
+def test_the_first_line_says_what_is_on_and_counts_the_bytes(tmp_path, optimizer, moments):
+    class Wide(ToyObjective):
+        def __init__(self):
+            super().__init__()
+            self.wide = torch.nn.Linear(1024, 1024, bias=False)
+
+    said = []
+    world = World(parallel=replace(PLAIN, micro_batch=3))
+    loop = replace(SHORT, optimizer=optimizer, num_images=8, sample_every_images=0)
+    train(Wide(), ToyData(), loop, 7, folder=tmp_path, world=world, hooks=Hooks(say=said.append))
+    assert said == [
+        f"1 worker on cpu, precision fp32, batch 8 (8 a worker, 3 passes), {optimizer}; weights 4.0 + gradients 4.0 + "
+        f"optimizer {4 * moments}.0 + average 4.0 = {12 + 4 * moments}.0 MiB a worker, activations beside"
+    ]
 
 
 def test_the_network_is_what_holds_all_that_is_trained():

@@ -77,6 +77,29 @@ def test_workers_share_the_cores(monkeypatch):
     assert threads_per_worker(Cluster(16, False, "x", Path("/"))) == 1
 
 
+def test_the_limits_of_the_settings_reach_ray(monkeypatch, tmp_path):
+    prepare_environment()
+    import ray.train.torch
+
+    from raphael.train import ray_trainer
+
+    seen = {}
+
+    class Trainer:
+        def __init__(self, loop, **settings):
+            seen.update(settings)
+
+        def fit(self):
+            pass
+
+    monkeypatch.setattr(ray.train.torch, "TorchTrainer", Trainer)
+    monkeypatch.setattr(ray_trainer, "start", lambda cluster: None)
+    monkeypatch.setattr(ray_trainer, "stop", lambda: None)
+    fit(ray_toy.work, {}, Cluster(2, False, "x", tmp_path, max_failures=5, timeout_s=77.4))
+    assert seen["run_config"].failure_config.max_failures == 5
+    assert seen["torch_config"].timeout_s == 77 and seen["scaling_config"].num_workers == 2
+
+
 def test_the_innermost_cause_is_what_a_person_reads():
     class WorkersFailed(Exception):
         worker_failures = {
