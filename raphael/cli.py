@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from raphael.evaluate.commands import add_prefer
+from raphael.evaluate.commands import add_paths, add_prefer
 from raphael.stage import StageError, one_clear_line, write_json
 from raphael.strict import ConfigError
 
@@ -73,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--preset", default="", help="a preset's name or file, instead of a checkpoint")
 
     _evaluate_command(commands)
+    add_paths(commands)
     add_prefer(commands)
     command = commands.add_parser("prompts", help="write the prompts of an evaluation protocol")
     command.add_argument("--protocol", required=True, help="e.g. drawbench/v1")

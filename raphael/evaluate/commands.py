@@ -28,6 +28,25 @@ def add_prefer(commands: argparse._SubParsersAction) -> None:
     tally.set_defaults(act=_prefer_tally)
 
 
+def add_paths(commands: argparse._SubParsersAction) -> None:
+    text = "can words be told by their ways through the experts, and did training do that; where timesteps go"
+    command = commands.add_parser("paths", help=text, description=text.capitalize() + ".")
+    command.add_argument("checkpoint", type=Path, help="a pipeline folder, as models/raphael")
+    command.add_argument(
+        "--untrained", type=int, default=5, help="sets of random gates beside it (default: %(default)s)"
+    )
+    command.add_argument("--rounds", type=int, default=30, help="of boosting (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="of folds and random gates (default: %(default)s)")
+    command.add_argument("--out", type=Path, required=True, help="a folder for paths.json, pictures and section.html")
+    command.set_defaults(act=_paths)
+
+
+def _paths(arguments: argparse.Namespace) -> None:
+    from raphael.evaluate.path_report import analyse
+
+    analyse(arguments.checkpoint, arguments.out, arguments.untrained, arguments.rounds, arguments.seed)
+
+
 def _prefer_make(arguments: argparse.Namespace) -> None:
     from raphael.evaluate.preference import make_study
 
