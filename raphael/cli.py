@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from raphael.evaluate.commands import add_paths, add_prefer
+from raphael.evaluate.commands import BENCHES, add_export, add_paths, add_prefer
 from raphael.stage import StageError, one_clear_line, write_json
 from raphael.strict import ConfigError
 
@@ -75,9 +75,11 @@ def build_parser() -> argparse.ArgumentParser:
     _evaluate_command(commands)
     add_paths(commands)
     add_prefer(commands)
-    command = commands.add_parser("prompts", help="write the prompts of an evaluation protocol")
-    command.add_argument("--protocol", required=True, help="e.g. drawbench/v1")
-    command.add_argument("--source", type=Path, help="the file that the protocol takes its prompts from")
+    command = commands.add_parser("prompts", help="write the prompts of an evaluation protocol or a public benchmark")
+    chosen = command.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--protocol", help="e.g. drawbench/v1")
+    chosen.add_argument("--bench", choices=BENCHES, help="those of `raphael evaluate export`")
+    command.add_argument("--source", type=Path, help="the file that the protocol or benchmark has its prompts in")
     command.add_argument("--out", type=Path, required=True, help="in the form of data/source/prompts.json")
     command.set_defaults(act=_prompts)
 
@@ -131,6 +133,7 @@ def _evaluate_command(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--steps", type=int, help="the same")
     command.add_argument("--weights", help="the same: a hash of the model's weights")
     command.set_defaults(act=_evaluate)
+    add_export(command)
 
 
 def _command(commands: argparse._SubParsersAction, name: str, text: str, act) -> argparse.ArgumentParser:

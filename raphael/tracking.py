@@ -44,11 +44,11 @@ class NullTracker:
     run_id: str | None = None
     uri = ""
 
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        """Add a point to each metric. A step at or before the last one logged is taken as logged already."""
+    def log(self, metrics: dict[str, float], step: int, again: bool = False) -> None:
+        """Add a point to each metric. A step at or before the last one is taken as logged already, but for `again`."""
 
-    def image(self, key: str, image: Any, step: int) -> None:
-        """Add a picture (uint8 (H, W, 3) or PIL) to the series `key`; once per step."""
+    def image(self, key: str, image: Any, step: int, again: bool = False) -> None:
+        """Add a picture (uint8 (H, W, 3) or PIL) to the series `key`; once per step, but for `again`."""
 
     def params(self, params: dict[str, Any]) -> None:
         """Settings, nested mappings flattened with dots. Known ones are left as they are."""
@@ -81,16 +81,18 @@ class MlflowTracker(NullTracker):
         self.last_steps: dict[str, int] = {}
         self.client: MlflowClient | None = None
 
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        self._keep({"step": step, "time_ms": int(time.time() * 1000), "metrics": metrics})
+    def log(self, metrics: dict[str, float], step: int, again: bool = False) -> None:
+        self._keep({"step": step, "time_ms": int(time.time() * 1000), "metrics": metrics, "again": again})
         self._flush()
 
-    def image(self, key: str, image: Any, step: int) -> None:
+    def image(self, key: str, image: Any, step: int, again: bool = False) -> None:
         def send(client: MlflowClient) -> None:
             name = re.compile(
                 re.escape(key.replace("/", "~")) + rf"[%+]step[%+]{step}[%+]"
             )  # how MLflow names the file
-            if not any(name.match(Path(item.path).name) for item in client.list_artifacts(self.run_id, "images")):
+            if again or not any(
+                name.match(Path(item.path).name) for item in client.list_artifacts(self.run_id, "images")
+            ):
                 client.log_image(self.run_id, image, key=key, step=step, synchronous=True)
 
         self._send(send)
@@ -169,7 +171,7 @@ class MlflowTracker(NullTracker):
             if name not in self.last_steps:  # first time in this process: an earlier one may have logged it
                 history = client.get_metric_history(self.run_id, name)
                 self.last_steps[name] = max((point.step for point in history), default=-1)
-            if step > self.last_steps[name]:
+            if step > self.last_steps[name] or entry.get("again"):
                 points.append(Metric(name, float(value), entry["time_ms"], step))
         for start in range(0, len(points), 1000):
             client.log_batch(self.run_id, metrics=points[start : start + 1000], synchronous=True)

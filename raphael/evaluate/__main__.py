@@ -3,7 +3,6 @@ from real ones. Writes reports/evaluate.json."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +102,8 @@ def load_picture(path: Path) -> np.ndarray:
 def log(config: Config, stage: Stage, facts: dict[str, Any], pictures: list[np.ndarray]) -> None:
     """Into the run that trained the model: the numbers of the top level, the report and a grid of the first pictures.
 
-    The step is the time in seconds, so that a later evaluation of the same model (another seed) is a later point.
+    The step is the number of images the model has seen, as in training. A later evaluation of the same model (another
+    seed) is another point of that step, with a later time.
     """
     from raphael.checkpoint import checkpoint_sha256
     from raphael.sampling import image_grid
@@ -111,11 +111,16 @@ def log(config: Config, stage: Stage, facts: dict[str, Any], pictures: list[np.n
 
     metrics = {f"evaluate/{key}": float(value) for key, value in facts.items() if isinstance(value, (int, float))}
     metrics |= {f"evaluate/chance/{key}": value for key, value in facts.get("chance", {}).items() if value is not None}
-    tracker, step = tracker_of_model(config, stage.root, checkpoint_sha256(MODEL)), int(time.time())
-    tracker.log(metrics, step=step)
-    tracker.image("evaluate/first_pictures", image_grid(pictures[:GRID_PICTURES], columns=8), step)
+    tracker, step = tracker_of_model(config, stage.root, checkpoint_sha256(MODEL)), images_seen(MODEL)
+    tracker.log(metrics, step=step, again=True)
+    tracker.image("evaluate/first_pictures", image_grid(pictures[:GRID_PICTURES], columns=8), step, again=True)
     tracker.artifact(stage.root / "reports" / "evaluate.json")
     tracker.close()
+
+
+def images_seen(model: Path) -> int:
+    """How many images the model was trained on, 0 where it does not say."""
+    return int(read_json(model / "meta.json").get("images_seen", 0))
 
 
 def _read(stage: Stage, pictures: list[np.ndarray]) -> list[Any]:

@@ -5,6 +5,27 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+BENCHES = ("geneval", "dpg", "t2i-compbench", "partiprompts")
+
+
+def add_export(evaluate: argparse.ArgumentParser) -> None:
+    actions = evaluate.add_subparsers(dest="action", metavar="export")
+    text = "write a folder of pictures in the layout of a public benchmark's own scorer"
+    command = actions.add_parser("export", help=text, description=text.capitalize() + ".")
+    command.add_argument("--bench", choices=BENCHES, required=True)
+    command.add_argument("--images", type=Path, required=True, help="a folder with images.json, prompts in it")
+    command.add_argument(
+        "--prompts", type=Path, required=True, help="the benchmark's own prompt file (docs/evaluation.md)"
+    )
+    command.add_argument("--out", type=Path, required=True, help="a new or an empty folder")
+    command.set_defaults(act=_export)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from raphael.evaluate.benches import export
+
+    print(export(arguments.bench, arguments.images, arguments.prompts, arguments.out))
+
 
 def add_prefer(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("prefer", help="which of two models' pictures people prefer: a page, and its tally")

@@ -31,6 +31,7 @@ def evaluate_folders(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from raphael.evaluate.measure import Measurement, measure, settings_of, table
     from raphael.evaluate.spaces import open_network
+    from raphael.evaluate.tracked import log_report
 
     given = {name: getattr(arguments, name) for name in ("guidance_scale", "sampler", "steps", "weights")}
     measurement = Measurement(
@@ -43,6 +44,7 @@ def evaluate_folders(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.out:
         write_json(arguments.out, report)
     print(table(report))
+    print(log_report(report, drawn.listing, Path(arguments.params)))
     return report
 
 
@@ -75,6 +77,14 @@ def write_prompts(arguments: argparse.Namespace) -> None:
     """The prompts of a protocol in the form of data/source/prompts.json."""
     from raphael.evaluate.prompts import list_sha256, protocol_prompts
 
+    if arguments.bench:
+        from raphael.evaluate.benches import bench_rows
+
+        rows = bench_rows(arguments.bench, arguments.source)
+        prompts = [{"prompt": row.prompt, "suite": arguments.bench, "truth": None, "reference": row.id} for row in rows]
+        write_json(arguments.out, {"bench": arguments.bench, "sha256": list_sha256(prompts), "prompts": prompts})
+        print(f"{arguments.out}: {len(prompts):,} prompts of {arguments.bench}")
+        return
     protocol = load_protocol(arguments.protocol)
     prompts = protocol_prompts(protocol, arguments.source)
     digest = list_sha256(prompts)

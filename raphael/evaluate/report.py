@@ -45,7 +45,8 @@ def gather(config: Config) -> dict[str, Any]:
     content: dict[str, Any] = {
         "source": config.source.kind,
         "drawn": len(drawn["images"]),
-        "settings": drawn["settings"],
+        "drawing": data.drawing(drawn["settings"]),
+        "paths": data.paths(REPORTS / "paths", drawn["model"]),
         "funnel": data.funnel(REPORTS),
         "charts": data.charts(MODEL / "curves.json"),
         "grids": data.grids(MODEL / "samples", MAX_GRIDS),

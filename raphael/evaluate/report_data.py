@@ -211,6 +211,28 @@ def measures(measured: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def drawing(settings: dict[str, Any]) -> str:
+    """How the pictures were drawn, in words: sampler, steps and guidance, and what is not at its default."""
+    words = [f"{settings['sampler']}", f"{settings['steps']} steps", f"guidance {settings['guidance_scale']}"]
+    low, high = settings.get("guidance_interval", (0.0, 1.0))
+    if (low, high) != (0.0, 1.0):
+        words[-1] += f" for t from {low:.0%} to {high:.0%}"
+    if settings.get("eta", 0.0):
+        words.append(f"eta {settings['eta']}")
+    kind = settings.get("threshold", "none")
+    if kind != "none":
+        at = f" at {settings['threshold_percentile']} %" if kind == "dynamic" else ""
+        words.append(f"{kind} threshold{at}")
+    return ", ".join(words)
+
+
+def paths(folder: Path, model: str) -> str:
+    """The section that `raphael paths ... --out reports/paths` wrote, "" where there is none of this model."""
+    if not (folder / "paths.json").is_file() or read_json(folder / "paths.json").get("model") != model:
+        return ""
+    return (folder / "section.html").read_text(encoding="utf-8")
+
+
 def hero(folder: Path, entries: list[dict[str, Any]], count: int = 10) -> list[dict[str, str]]:
     chosen = entries[:count]
     return [{"uri": figures.data_uri(load(folder / entry["file"])), "prompt": entry["prompt"]} for entry in chosen]
