@@ -1,4 +1,4 @@
-"""KID, CMMD, precision, recall, density, coverage against loops over pairs, and KID against torch-fidelity's."""
+"""KID, CMMD, precision, recall, density, coverage against loops over pairs; three of them against torch-fidelity's."""
 
 import math
 
@@ -43,6 +43,19 @@ def test_kid_draws_the_subsets_of_torch_fidelity_and_agrees_with_it():
     mean, std = kid(x, y, subsets=7, subset_size=40)
     assert mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-10)
     assert std == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-8)
+
+
+def test_precision_and_recall_agree_with_torch_fidelity():
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    rng = np.random.default_rng(5)
+    drawn, real = rng.normal(size=(150, 8)), 1.3 * rng.normal(size=(110, 8)) + 0.4
+    options = {"prc_neighborhood": 3, "prc_batch_size": 64, "save_cpu_ram": False, "verbose": False}
+    theirs = prc_features_to_metric(torch.from_numpy(drawn), torch.from_numpy(real), **options)
+    ours = precision_recall(drawn, real)
+    assert 0 < ours["precision"] < 1 and 0 < ours["recall"] < 1
+    for name in ("precision", "recall"):
+        assert ours[name] == pytest.approx(theirs[name], abs=1e-6)  # theirs is a mean in float32
 
 
 def test_kid_of_two_samples_of_one_distribution_is_zero_on_average():
