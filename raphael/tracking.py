@@ -87,12 +87,9 @@ class MlflowTracker(NullTracker):
 
     def image(self, key: str, image: Any, step: int, again: bool = False) -> None:
         def send(client: MlflowClient) -> None:
-            name = re.compile(
-                re.escape(key.replace("/", "~")) + rf"[%+]step[%+]{step}[%+]"
-            )  # how MLflow names the file
-            if again or not any(
-                name.match(Path(item.path).name) for item in client.list_artifacts(self.run_id, "images")
-            ):
+            name = re.compile(re.escape(key.replace("/", "~")) + rf"[%+]step[%+]{step}[%+]")  # as MLflow names it
+            known = [] if again else client.list_artifacts(self.run_id, "images")
+            if not any(name.match(Path(item.path).name) for item in known):
                 client.log_image(self.run_id, image, key=key, step=step, synchronous=True)
 
         self._send(send)
