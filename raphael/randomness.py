@@ -76,7 +76,7 @@ def set_counter(bits: np.random.Philox, state: dict, epoch: int, index: int) -> 
     bits.state = state
 
 
-def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+def permutation(seed: int, epoch: int, count: int, stream: str = "order") -> np.ndarray:
     """The order of `count` samples in an epoch, int64 (count,). Sorting raw words leaves numpy no choice of its own."""
-    bits = np.random.Philox(key=stream_key(seed, "order"), counter=np.array((0, 0, 0, epoch), dtype=np.uint64))
+    bits = np.random.Philox(key=stream_key(seed, stream), counter=np.array((0, 0, 0, epoch), dtype=np.uint64))
     return np.argsort(bits.random_raw(count), kind="stable")

@@ -15,6 +15,14 @@ class Batches:
 
     The last, partial batch of an epoch is filled from the next one: no sample is dropped, none comes twice in an epoch.
     Each rank takes a contiguous slice, so that the ranks' slices side by side are the batch of world size 1.
+
+    buckets: samples of each bucket where there are several (samples of one shape, side by side in the data set). Then
+    every batch is of one bucket, the same on all ranks, and all of the above is true of each bucket by itself: its own
+    endless sequence, its own epochs, its tail carried over. After e rounds through the data, bucket b of n_b samples
+    has had floor(e n_b / batch_size) batches: buckets come in proportion to their samples, less than one batch of each
+    is owed at the end of a round and comes in the next. The order of buckets within a round is a permutation. A bucket
+    smaller than a batch has its turn in some rounds only; its samples then come several times in a batch, each time
+    with noise of their own.
     """
 
     seed: int
@@ -22,7 +30,9 @@ class Batches:
     batch_size: int  # global
     rank: int = 0
     world_size: int = 1
-    orders: dict[int, np.ndarray] = field(default_factory=dict, repr=False)  # of the last epochs asked for
+    buckets: tuple[int, ...] = ()
+    orders: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, repr=False)  # of the last epochs asked for
+    turns: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)  # of the last round
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:
@@ -34,16 +44,23 @@ class Batches:
                 f"got batch_size {self.batch_size} for {self.world_size} workers, expected a multiple of "
                 f"{self.world_size}: each takes an equal slice; set loop.batch_size or num_workers in params.yaml"
             )
+        self.buckets = tuple(self.buckets) or (self.num_samples,)
+        if sum(self.buckets) != self.num_samples:
+            raise ValueError(f"got buckets of {self.buckets} samples, expected {self.num_samples} in all")
 
     def everyone(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """(epochs, indices), int64 (batch_size,) each: the samples of the whole batch of step 0, 1, ..."""
-        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64)
-        epochs, within = np.divmod(positions, self.num_samples)
+        """(epochs, indices), int64 (batch_size,) each: the samples of the whole batch of step 0, 1, ...
+
+        An epoch is the bucket's own: how often its samples came before.
+        """
+        bucket, ordinal = self.turn(step)
+        positions = np.arange(ordinal * self.batch_size, (ordinal + 1) * self.batch_size, dtype=np.int64)
+        epochs, within = np.divmod(positions, self.buckets[bucket])
         indices = np.empty_like(within)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            indices[here] = self._order(int(epoch))[within[here]]
-        return epochs, indices
+            indices[here] = self._order(bucket, int(epoch))[within[here]]
+        return epochs, indices + sum(self.buckets[:bucket])
 
     def own(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(epochs, indices) of this rank's slice, int64 (batch_size / world_size,) each."""
@@ -52,9 +69,36 @@ class Batches:
         epochs, indices = self.everyone(step)
         return epochs[mine], indices[mine]
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self.orders:
-            for old in [known for known in self.orders if known < epoch - 1]:
+    def turn(self, step: int) -> tuple[int, int]:
+        """(bucket, how many batches it had before) of a step."""
+        # sum_b floor(e n_b / B) <= e N / B: the search begins at or before the round and ends within a few
+        round_ = step * self.batch_size // self.num_samples
+        while self._steps_before(round_ + 1) <= step:
+            round_ += 1
+        if round_ not in self.turns:
+            self.turns = {round_: self._turns(round_)}
+        buckets, ordinals = self.turns[round_]
+        place = step - self._steps_before(round_)
+        return int(buckets[place]), int(ordinals[place])
+
+    def _steps_before(self, round_: int) -> int:
+        return sum(round_ * count // self.batch_size for count in self.buckets)
+
+    def _turns(self, round_: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of every step of a round: its bucket, and that bucket's batches before it."""
+        firsts = [round_ * count // self.batch_size for count in self.buckets]
+        nexts = [(round_ + 1) * count // self.batch_size for count in self.buckets]
+        buckets = np.repeat(np.arange(len(self.buckets)), np.subtract(nexts, firsts))
+        buckets = buckets[permutation(self.seed, round_, len(buckets), "buckets")]
+        ordinals = np.empty_like(buckets)
+        for bucket, (first, after) in enumerate(zip(firsts, nexts, strict=True)):
+            ordinals[buckets == bucket] = np.arange(first, after)
+        return buckets, ordinals
+
+    def _order(self, bucket: int, epoch: int) -> np.ndarray:
+        if (bucket, epoch) not in self.orders:
+            for old in [known for known in self.orders if known[0] == bucket and known[1] < epoch - 1]:
                 del self.orders[old]
-            self.orders[epoch] = permutation(self.seed, epoch, self.num_samples)
-        return self.orders[epoch]
+            stream = f"order {bucket}" if bucket else "order"
+            self.orders[bucket, epoch] = permutation(self.seed, epoch, self.buckets[bucket], stream)
+        return self.orders[bucket, epoch]

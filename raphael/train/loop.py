@@ -91,8 +91,9 @@ def train(
 ) -> dict[str, Any]:
     """Train `objective` on `data` for loop.num_images images, going on from the newest checkpoint in `folder` if any.
 
-    data: len() and batch(indices) -> arrays (B, ...). folder: of the checkpoints, shared by all ranks; the newest two
-    stay.
+    data: len() and batch(indices) -> arrays (B, ...); bucket_counts where samples have several shapes: a step is then
+    of one shape (raphael/train/batches.py).
+    folder: of the checkpoints, shared by all ranks; the newest two stay.
     tracker: gets every logged point once (step = images). Points are means over the steps since the one before.
 
     Returns {"images", "history" (list of points, each with "images" and "train/<name>"), "ema" (averaged weights by
@@ -105,8 +106,10 @@ def train(
     chief = world.rank == 0
     say = hooks.say if chief else _nothing
     prepare(objective.to(world.device).train(), world)
-    batches = Batches(seed, len(data), loop.batch_size, world.rank, world.size)
-    state = State(objective, loop, {"seed": seed, "num_samples": len(data)})
+    buckets = getattr(data, "bucket_counts", ())
+    batches = Batches(seed, len(data), loop.batch_size, world.rank, world.size, buckets)
+    order = {"seed": seed, "num_samples": len(data)} | ({"buckets": list(buckets)} if len(buckets) > 1 else {})
+    state = State(objective, loop, order)
     home = CheckpointHome(folder)
     if chief:
         home.sweep()
