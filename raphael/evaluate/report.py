@@ -48,6 +48,7 @@ def gather(config: Config) -> dict[str, Any]:
         "drawing": data.drawing(drawn["settings"]),
         "paths": data.paths(REPORTS / "paths", drawn["model"]),
         "funnel": data.funnel(REPORTS),
+        "buckets": data.buckets(REPORTS),
         "charts": data.charts(MODEL / "curves.json"),
         "grids": data.grids(MODEL / "samples", MAX_GRIDS),
         "gallery": data.gallery(GENERATED, drawn["images"]),

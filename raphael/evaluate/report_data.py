@@ -75,6 +75,16 @@ def funnel(reports: Path) -> list[dict[str, Any]]:
     return stages
 
 
+def buckets(reports: Path) -> list[dict[str, Any]]:
+    """The sizes that pictures are trained at, as "height x width", each with its number of pictures and their share."""
+    path = reports / "encode.json"
+    counts = read_json(path).get("buckets", {}) if path.is_file() else {}
+    total = max(1, sum(counts.values()))
+    return [
+        {"size": name.replace("x", " × "), "count": count, "share": count / total} for name, count in counts.items()
+    ]
+
+
 def charts(path: Path) -> list[dict[str, str]]:
     """Loss curves: one small chart a loss. curves.json is a list of points {"images", "train/<name>": value}."""
     if not path.is_file():

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import tarfile
 
@@ -46,6 +47,9 @@ def workspace(tmp_path_factory):
     (root / "data/captions").mkdir()
     kept = {"key": [f"{key:09d}" for key in range(11)], "shard": ["00000.tar"] * 11}
     pq.write_table(pa.table(kept), root / "data/captions/captions.parquet")
+    (root / "reports").mkdir()
+    told = {"total": 11, "kept": 11, "dropped": {}, "buckets": {"64x64": 9, "48x96": 2, "96x48": 0}}
+    (root / "reports/encode.json").write_text(json.dumps(told))
     return root
 
 
@@ -130,6 +134,8 @@ def test_the_page_is_one_file_that_asks_nobody_for_anything_and_is_the_same_agai
     assert all(part.startswith("data:image/") for part in page.split('src="')[1:])
     assert "Does it paint what it is told?" in page and "No curves were logged" in page
     assert len(page) < 6 << 20
+    sizes = re.findall(r"<b>(\d+ × \d+)</b><span>(\d+)<small> ([\d.]+) %", page)
+    assert sizes == [("64 × 64", "9", "81.8"), ("48 × 96", "2", "18.2"), ("96 × 48", "0", "0.0")]
     assert run_stage("report", workspace, monkeypatch) == 0
     assert (workspace / "reports/index.html").read_text() == page
 
