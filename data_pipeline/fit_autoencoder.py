@@ -1,6 +1,7 @@
 """Train the autoencoder on the kept pictures, or check the pretrained one; measure its scaling.
 
-Writes models/autoencoder."""
+It sees every picture at the first size of picture.sizes_px: convolutions do not know a picture's shape, so one size
+teaches and measures them for all. Writes models/autoencoder."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_pipeline.pictures import PictureSet, TrainingData, collect, picture_size, shard_inputs
+from data_pipeline.pictures import PictureSet, TrainingData, collect, shard_inputs
 from raphael.config import Config
 from raphael.stage import Stage, StageError, main
 from raphael.strict import to_dict
@@ -24,9 +25,9 @@ BATCH = 16
 
 
 def run(config: Config, stage: Stage) -> None:
-    settings = config.autoencoder
-    work = stage.workdir(*shard_inputs(stage), to_dict(settings), picture_size(config), config.seed)
-    pictures = collect(stage, work, *picture_size(config))
+    settings, size = config.autoencoder, config.picture.sizes_px[0]
+    work = stage.workdir(*shard_inputs(stage), to_dict(settings), size, config.seed)
+    pictures = collect(stage, work, *size)
     train_rows, held_rows = pictures.split()
     if settings.pretrained:
         autoencoder, history = _pretrained(config), []
@@ -90,11 +91,11 @@ def _pretrained(config: Config) -> Autoencoder:
     from raphael.encoders.autoencoder import load_autoencoder
 
     autoencoder = load_autoencoder(config.autoencoder.pretrained)
-    for side in picture_size(config):
-        if side % autoencoder.downsampling:
+    for size in config.picture.sizes_px:
+        if any(side % autoencoder.downsampling for side in size):
             raise StageError(
-                f"picture: got a side of {side} px, expected a multiple of {autoencoder.downsampling} for "
-                f"{config.autoencoder.pretrained}; change picture.height_px and picture.width_px in {config.file}"
+                f"picture.sizes_px: got {list(size)}, expected multiples of {autoencoder.downsampling} for "
+                f"{config.autoencoder.pretrained}; change it in {config.file}"
             )
     return autoencoder
 

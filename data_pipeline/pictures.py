@@ -18,7 +18,6 @@ from raphael.stage import StageError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from raphael.config import Config
     from raphael.stage import Stage
 
 FORMATS = ("PNG", "JPEG", "WEBP")  # what img2dataset writes; no other decoder of Pillow's is ever reached
@@ -158,10 +157,6 @@ def shard_inputs(stage: Stage) -> list[Any]:
     if not tars:
         raise StageError(f"{SHARDS}: got no .tar file there; run the stage download first (dvc repro download)")
     return [captions, [[tar.name, tar.stat().st_size] for tar in tars]]
-
-
-def picture_size(config: Config) -> tuple[int, int]:
-    return config.picture.height_px, config.picture.width_px
 
 
 class _Shard:

@@ -43,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--steps", type=int, default=30, help="denoising steps (default: %(default)s)")
     command.add_argument("--guidance-scale", type=float, default=4.0, help="1: none (default: %(default)s)")
     command.add_argument("--num-images", type=int, default=1, help="for each prompt (default: %(default)s)")
+    command.add_argument("--size", type=_size, metavar="HxW", help="px, height first (default: the first trained at)")
     command.add_argument("--negative-prompt", default="", help="what to keep away from")
     _sampler_arguments(command)
     command.add_argument("--batch-size", type=int, default=50, help="pictures at a time (default: %(default)s)")
@@ -143,6 +144,14 @@ def _command(commands: argparse._SubParsersAction, name: str, text: str, act) ->
     return command
 
 
+def _size(text: str) -> tuple[int, int]:
+    """HxW, "64x96" -> (64, 96)."""
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected HxW such as 64x96")
+    return int(height), int(width)
+
+
 def _generate(arguments: argparse.Namespace) -> None:
     from raphael.generate.pipeline import RaphaelPipeline
 
@@ -152,6 +161,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     pipeline.sampler, pipeline.batch_size = arguments.sampler, arguments.batch_size
     pipeline.threshold, pipeline.threshold_bound = arguments.threshold, arguments.threshold_bound
     pipeline.threshold_percentile = arguments.threshold_percentile
+    height, width = arguments.size or (None, None)
     result = pipeline(
         arguments.prompt,
         negative_prompt=arguments.negative_prompt or None,
@@ -162,6 +172,8 @@ def _generate(arguments: argparse.Namespace) -> None:
         guidance_interval=tuple(arguments.guidance_interval),
         seed=arguments.seed,
         collect=arguments.show_edges,
+        height=height,
+        width=width,
     )
     arguments.out.mkdir(parents=True, exist_ok=True)
     entries = []
@@ -180,6 +192,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         "threshold_percentile": arguments.threshold_percentile,
         "threshold_bound": arguments.threshold_bound,
         "negative_prompt": arguments.negative_prompt,
+        "size_px": [result.images[0].height, result.images[0].width],
     }
     write_json(arguments.out / "images.json", {"model": pipeline.identity, "settings": settings, "images": entries})
     if arguments.show_edges:

@@ -103,10 +103,33 @@ class CaptionsConfig:
 
 @dataclass(frozen=True)
 class PictureConfig:
-    """What the networks see. One size for now: pictures are scaled to cover it and cropped to its middle."""
+    """What the networks see. A picture goes to the size nearest in aspect ratio, is scaled to cover it and cropped to
+    its middle (data_pipeline/buckets.py). The first size is that of pictures drawn without asking for another."""
 
-    height_px: Annotated[int, Range(8)]
-    width_px: Annotated[int, Range(8)]
+    sizes_px: tuple[tuple[int, ...], ...]  # buckets, [height, width] each
+
+    @property
+    def height_px(self) -> int:
+        """Of the first size."""
+        return self.sizes_px[0][0]
+
+    @property
+    def width_px(self) -> int:
+        return self.sizes_px[0][1]
+
+    def __post_init__(self) -> None:
+        if not self.sizes_px:
+            raise ValueError("sizes_px: got an empty list, expected at least one [height, width]")
+        for size in self.sizes_px:
+            if len(size) != 2 or min(size) < 8:
+                raise ValueError(f"sizes_px: got {list(size)}, expected [height, width], at least 8 px each")
+        for index, (height, width) in enumerate(self.sizes_px):
+            for other_height, other_width in self.sizes_px[:index]:
+                if height * other_width == width * other_height:  # the later one would never get a picture
+                    raise ValueError(
+                        f"sizes_px: got {[other_height, other_width]} and {[height, width]}, of one aspect ratio, "
+                        "expected one size for each"
+                    )
 
 
 @dataclass(frozen=True)
@@ -307,12 +330,6 @@ class Config:
     tracking: TrackingConfig
     file: str = field(default="params.yaml", compare=False)
 
-    def __post_init__(self) -> None:
-        factor = 2 ** (len(self.autoencoder.channels) - 1)
-        for side in (self.picture.height_px, self.picture.width_px):
-            if side % factor:
-                raise ValueError(f"picture: got a side of {side} px, expected a multiple of {factor} (autoencoder)")
-
 
 def load_config(path: str | Path = "params.yaml") -> Config:
     """Read and check params.yaml and the preset that it names. Raises ConfigError."""
@@ -326,4 +343,20 @@ def load_config(path: str | Path = "params.yaml") -> Config:
             f"{path}: train.edge_block_weights: got {len(weights)} numbers, expected {blocks}, one for each "
             f"transformer block of the preset {config.model.preset}, or none"
         )
+    _check_sizes(config, len(config.model.load().unet.channels))
     return config
+
+
+def _check_sizes(config: Config, levels: int) -> None:
+    """Every side must survive the halvings of the autoencoder and of the U-Net. Raises ConfigError.
+
+    A pretrained autoencoder's factor is known where it is loaded: stages check it there.
+    """
+    factor = 1 if config.autoencoder.pretrained else 2 ** (len(config.autoencoder.channels) - 1)
+    multiple = factor * 2 ** (levels - 1)
+    for size in config.picture.sizes_px:
+        if any(side % multiple for side in size):
+            raise ConfigError(
+                f"{config.file}: picture.sizes_px: got {list(size)}, expected multiples of {multiple} "
+                f"(autoencoder {factor} x U-Net {2 ** (levels - 1)})"
+            )

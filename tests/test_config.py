@@ -102,9 +102,26 @@ def test_an_unknown_preset_lists_the_known_ones():
 
 def test_settings_that_contradict_each_other_are_refused(tmp_path):
     data = yaml.safe_load(PARAMS.read_text())
-    data["picture"]["height_px"] = 66
+    data["train"]["loop"]["betas"] = [0.9]
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(data))
-    with pytest.raises(ConfigError, match="got a side of 66 px, expected a multiple of 4"):
+    with pytest.raises(ConfigError, match="train.loop: betas: got .0.9,., expected two numbers"):
+        load_config(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ([], "got an empty list, expected at least one"),
+        ([[64, 64], [64]], r"got \[64\], expected \[height, width\]"),
+        ([[64, 96], [128, 192]], r"got \[64, 96\] and \[128, 192\], of one aspect ratio"),
+        ([[64, 64], [64, 72]], r"got \[64, 72\], expected multiples of 16 \(autoencoder 4 x U-Net 4\)"),
+    ],
+)
+def test_picture_sizes_must_fit_the_networks_and_differ_in_shape(tmp_path, sizes, message):
+    data = yaml.safe_load(PARAMS.read_text())
+    data["picture"]["sizes_px"] = sizes
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(data))
+    with pytest.raises(ConfigError, match=f"sizes_px: {message}"):
         load_config(tmp_path / "params.yaml")
 
 

@@ -105,7 +105,8 @@ class RaphaelPipeline:
         """Draw num_images_per_prompt pictures for every prompt; those of one prompt lie side by side in `.images`.
 
         Picture i depends on (seed, i) and its prompt, not on the others. generator: as in diffusers; only its initial
-        seed is used, a list gives every picture a seed of its own. height, width: pixels, default those trained on.
+        seed is used, a list gives every picture a seed of its own. height, width: pixels, default the first size that
+        was trained at (meta["picture"]).
         guidance_scale: 1 is off. guidance_interval: where it acts, shares of the timesteps, 0 the cleanest. eta: of the
         sampler ddim, 0 to 1. collect: also attention maps, edge maps and routes (`.insight`). An empty prompt draws the
         unconditional picture; one longer than the context is cut, its closing token kept.
@@ -144,8 +145,8 @@ class RaphaelPipeline:
 
     def parts(self, height: int | None = None, width: int | None = None) -> Parts:
         """What drawing needs, for pictures of that size in pixels. Raises ValueError for one that does not fit."""
-        height = height or self.meta["picture"]["height_px"]
-        width = width or self.meta["picture"]["width_px"]
+        first_height, first_width = drawn_size(self.meta["picture"])
+        height, width = height or first_height, width or first_width
         downsampling = self.autoencoder.downsampling
         multiple = downsampling * 2 ** (len(self.unet.config.channels) - 1)
         if height < multiple or width < multiple or height % multiple or width % multiple:
@@ -160,6 +161,15 @@ class RaphaelPipeline:
         device = next(self.unet.parameters()).device
         encoding = self.text_encoder.encode(self.text_encoder.tokenize(texts).to(device))
         return TextCondition(encoding.context, encoding.mask)
+
+
+def drawn_size(picture: dict[str, Any]) -> tuple[int, int]:
+    """(height, width) in px of pictures drawn without asking for a size: the first that the model was trained at.
+
+    picture: of a pipeline's meta.json. Those of models with one size only may name it by height_px and width_px.
+    """
+    height, width = picture["sizes_px"][0] if "sizes_px" in picture else (picture["height_px"], picture["width_px"])
+    return height, width
 
 
 def picture_seeds(seed: int, generator: Any, count: int) -> list[PictureSeed]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from raphael.config import Config
 from raphael.records import EDGES, MOMENTS, TOKEN_IDS, Records
 from raphael.stage import StageError, read_json
+from raphael.strict import to_dict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,7 +69,7 @@ class Job:
     journal: Path | None = None  # of the tracker; None: nothing is tracked
 
 
-def build_denoising(config: Config, folders: Folders, verify: bool = True) -> tuple[DenoisingObjective, Records]:
+def build_denoising(config: Config, folders: Folders) -> tuple[DenoisingObjective, Records]:
     """The objective, its U-Net initialised from train.seed, and its data. Raises StageError where parts do not fit."""
     import torch
 
@@ -79,7 +80,7 @@ def build_denoising(config: Config, folders: Folders, verify: bool = True) -> tu
     from raphael.objectives.denoising import DenoisingObjective, LatentScale
 
     preset = config.model.load()
-    records = Records(folders.records, verify=verify)
+    records = Records(folders.records)
     autoencoder = load_autoencoder(folders.autoencoder)
     text_encoder = load_text_encoder(folders.clip).eval().requires_grad_(False)
     check_fit(config, records, text_encoder.dim)
@@ -109,7 +110,7 @@ def check_fit(config: Config, records: Records, context_dim: int) -> None:
             raise StageError(
                 f"{records.folder}: got fields {', '.join(records.fields)}, expected {name}; run the stage encode"
             )
-    picture = {"height_px": config.picture.height_px, "width_px": config.picture.width_px}
+    picture = to_dict(config.picture)
     if records.facts.get("picture") != picture:
         raise StageError(
             f"{records.folder}: got pictures of {records.facts.get('picture')}, expected {picture}; run encode again"
@@ -131,7 +132,7 @@ def train_denoiser(job: Job, world: World) -> dict[str, Any]:
     from raphael.train.loop import Hooks, train
 
     chief = world.rank == 0
-    objective, records = build_denoising(job.config, job.folders, verify=chief)
+    objective, records = build_denoising(job.config, job.folders)
     tracked = chief and job.journal is not None
     tracker = MlflowTracker(job.tracking_uri, job.run_id, job.journal) if tracked else NullTracker()
     events = Events(job.folders.events)

@@ -75,27 +75,26 @@ def test_records_hold_what_the_encoders_give_one_by_one(trained, monkeypatch):
     batch = records.batch(range(COUNT))
     autoencoder, text = load_autoencoder("models/autoencoder"), load_text_encoder("models/clip")
     captions, pictures = zip(*map(drawn, range(COUNT)), strict=True)
-    images = np.stack([fit(picture, 16, 24) for picture in pictures])
+    images = np.stack([fit(picture, 16, 32) for picture in pictures])
     moments = autoencoder.encode_moments(to_network_range(torch.from_numpy(images)))
-    assert batch[MOMENTS].dtype == np.float16 and batch[MOMENTS].shape == (COUNT, 8, 4, 6)
+    assert batch[MOMENTS].dtype == np.float16 and batch[MOMENTS].shape == (COUNT, 8, 4, 8)
     np.testing.assert_allclose(batch[MOMENTS], moments.numpy(), atol=1e-3, rtol=2e-3)
     assert np.array_equal(batch[TOKEN_IDS], text.tokenize(list(captions)).numpy())
-    assert np.array_equal(batch[EDGES], edge_map(images, (2, 3), "sobel", 0.3))
+    assert np.array_equal(batch[EDGES], edge_map(images, (2, 4), "sobel", 0.3))
     told = json.loads((trained / "data/records/captions.json").read_text())
     assert told == dict(zip(records.keys, captions, strict=True))
-    assert np.array_equal(np.load(trained / "data/records/references.npy"), images)
 
 
 def test_facts_say_how_the_records_came_about(trained, monkeypatch):
     run(encode, "encode", trained, monkeypatch)
     facts = Records(trained / "data/records").facts
-    assert facts["picture"] == {"height_px": 16, "width_px": 24}
+    assert facts["picture"] == {"sizes_px": [[16, 32]]}
     assert facts["edge_detector"].startswith("sobel threshold=0.3")
     encoder = load_text_encoder(trained / "models/clip")
     assert facts["text_encoder"]["empty_token_ids"] == encoder.tokenize([""])[0].tolist()
     assert facts["autoencoder"] == load_autoencoder(trained / "models/autoencoder").facts()
     told = report(trained, "encode")
-    assert (told["total"], told["kept"], told["dropped"], told["references"]) == (COUNT, COUNT, {}, COUNT)
+    assert (told["total"], told["kept"], told["dropped"], told["buckets"]) == (COUNT, COUNT, {}, {"16x32": COUNT})
 
 
 def test_a_learned_edge_detector_is_named_with_its_weights_and_a_changed_file_is_noticed(
@@ -158,9 +157,80 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_records(trained, monkeypatch)
     assert {path: os.stat(path).st_mtime_ns for path in written} == times  # not made again
 
 
-def test_references_are_spread_over_the_corpus():
-    assert encode.spread_rows(10, 3).tolist() == [0, 3, 6]
-    assert encode.spread_rows(3, 10).tolist() == [0, 1, 2]
+SHAPES = ((32, 40), (64, 30), (20, 20), (30, 66))  # 10 pictures in turn: 4:5, tall, square, wide
+SIZES = [[32, 32], [48, 16], [16, 48], [80, 16]]  # the last gets none
+
+
+@pytest.fixture
+def mixed(trained, tmp_path, project, monkeypatch):
+    """The same workspace with pictures of several shapes, and four buckets."""
+    import shutil
+
+    sections = {**SMALL, "picture": {"sizes_px": SIZES}, "encode": {"batch_size": 2}}
+    root = write_workspace(tmp_path / "mixed", project, COUNT, shapes=SHAPES, **sections)
+    write_params(root, project, **sections, model={"preset": small_preset(root, project)})
+    shutil.copytree(trained / "models", root / "models")
+    return root
+
+
+def test_every_picture_goes_to_the_bucket_nearest_in_shape_and_nowhere_else(mixed, monkeypatch):
+    monkeypatch.setattr(encode, "CHUNK_BATCHES", 2)  # chunks of four: a bucket is spread over chunks
+    run(encode, "encode", mixed, monkeypatch)
+    records = Records(mixed / "data/records")
+    expected = {"32x32": [0, 2, 4, 6, 8], "48x16": [1, 5, 9], "16x48": [3, 7], "80x16": []}
+    assert records.keys == [f"{number:09d}" for numbers in expected.values() for number in numbers]
+    assert {bucket.name: bucket.count for bucket in records.buckets} == {k: len(v) for k, v in expected.items()}
+    assert report(mixed, "encode")["buckets"] == {"32x32": 5, "48x16": 3, "16x48": 2, "80x16": 0}
+    autoencoder, text = load_autoencoder("models/autoencoder"), load_text_encoder("models/clip")
+    start = 0
+    for (height, width), numbers in zip(SIZES[:3], list(expected.values())[:3], strict=True):
+        batch = records.batch(range(start, start + len(numbers)))
+        start += len(numbers)
+        shapes = [SHAPES[number % 4] for number in numbers]
+        captions, pictures = zip(*(drawn(n, w, h) for n, (h, w) in zip(numbers, shapes, strict=True)), strict=True)
+        images = np.stack([cover(picture, height, width) for picture in pictures])
+        moments = autoencoder.encode_moments(to_network_range(torch.from_numpy(images))).numpy()
+        assert batch[MOMENTS].shape == (len(numbers), 8, height // 4, width // 4)
+        np.testing.assert_allclose(batch[MOMENTS], moments, atol=1e-3, rtol=2e-3)
+        assert np.array_equal(batch[TOKEN_IDS], text.tokenize(list(captions)).numpy())
+        assert batch[EDGES].shape == (len(numbers), height // 8, width // 8)
+    assert json.loads((mixed / "data/records/captions.json").read_text()).keys() == set(records.keys)
+
+
+def cover(picture, height, width):
+    """The largest middle part of the size's shape, then resized: nothing is padded, nothing is stretched."""
+    box_height = min(picture.height, picture.width * height / width)
+    box_width = box_height * width / height
+    left, top = (picture.width - box_width) / 2, (picture.height - box_height) / 2
+    return np.asarray(picture.resize((width, height), 3, box=(left, top, left + box_width, top + box_height)))
+
+
+def test_with_buckets_too_a_run_in_other_chunks_ends_in_the_same_records(mixed, monkeypatch):
+    import shutil
+
+    run(encode, "encode", mixed, monkeypatch)
+    whole = Records(mixed / "data/records")
+    shutil.rmtree(mixed / "work/encode")
+    monkeypatch.setattr(encode, "CHUNK_BATCHES", 1)
+    run(encode, "encode", mixed, monkeypatch)
+    again = Records(mixed / "data/records")
+    assert again.keys == whole.keys and again.facts == whole.facts
+    for part in (range(5), range(5, 8), range(8, 10)):
+        one, other = whole.batch(part), again.batch(part)
+        for name in (TOKEN_IDS, EDGES):
+            np.testing.assert_array_equal(one[name], other[name])
+        np.testing.assert_allclose(one[MOMENTS], other[MOMENTS], atol=1e-3, rtol=2e-3)  # batches of another size
+
+
+def test_sizes_that_the_autoencoder_and_the_network_cannot_halve_are_refused(mixed, project, monkeypatch):
+    from dataclasses import replace
+
+    from raphael.config import PictureConfig
+
+    monkeypatch.chdir(mixed)
+    config = replace(load_config("params.yaml"), picture=PictureConfig(((32, 32), (16, 24))))
+    with pytest.raises(StageError, match=r"got \[16, 24\], expected multiples of 16 \(autoencoder 4 x U-Net 4\)"):
+        encode.run(config, Stage("encode", mixed))
 
 
 def test_encoders_that_do_not_fit_the_network_are_refused_before_anything_is_encoded(trained, project, monkeypatch):
@@ -193,9 +263,7 @@ def test_pretrained_parts_are_checked_and_passed_on(trained, tmp_path, project, 
 
 def test_taef2_encodes_photographs_with_a_scaling_of_their_own(shared_data, tmp_path, project, monkeypatch):
     weights = str(shared_data / "weights/taesd_family")
-    root = write_workspace(
-        tmp_path, project, picture={"height_px": 16, "width_px": 24}, autoencoder={"pretrained": weights}
-    )
+    root = write_workspace(tmp_path, project, picture={"sizes_px": [[16, 32]]}, autoencoder={"pretrained": weights})
     run(fit_autoencoder, "autoencoder", root, monkeypatch)
     told = report(root, "autoencoder")
     assert told["kind"] == "taef2" and told["latent_channels"] == 32 and told["scaling_factor"] != 1.0

@@ -21,7 +21,7 @@ from flows.ablation_plan import PLAN, Case, cases_of, load_plan, make_case, pres
 from flows.ablation_results import Difference, Spread, collect
 from flows.environment import SWITCHES
 from flows.timestep_loss import heldout_pictures, timestep_losses
-from raphael.config import load_config
+from raphael.config import PictureConfig, load_config
 from raphael.preset import Preset
 from raphael.stage import StageError, write_json
 from raphael.strict import ConfigError, load
@@ -155,7 +155,7 @@ def test_the_loss_by_timestep_is_the_mean_square_of_a_naive_loop(tmp_path):
 
     pipeline = RaphaelPipeline.from_pretrained(write_pipeline(tmp_path / "model"))
     config = load_config(PROJECT / "params.yaml")
-    pictures, captions = heldout_pictures(replace(config, picture=replace(config.picture, height_px=48)), 5)
+    pictures, captions = heldout_pictures(replace(config, picture=PictureConfig(sizes_px=((48, 64),))), 5)
     pictures = pictures[:, :32, :32]
     losses = timestep_losses(pipeline, pictures, captions, bins=4)
     with torch.inference_mode():

@@ -146,6 +146,8 @@ def test_generators_give_their_seed_as_in_diffusers(pipeline):
 
 def test_another_size_can_be_asked_for_and_one_that_does_not_fit_is_an_error(pipeline):
     assert pipeline("a", num_inference_steps=1, height=48, width=64).images[0].size == (64, 48)
+    assert pipeline("a", num_inference_steps=1, height=24, width=40).images[0].size == (40, 24)
+    assert pipeline("a", num_inference_steps=1).images[0].size == (32, 32)  # the first that was trained at
     with pytest.raises(ValueError, match="multiples of 8"):
         pipeline("a", height=30)
     with pytest.raises(ValueError, match="output_type"):
@@ -266,6 +268,30 @@ def test_the_command_draws_prints_and_repeats_itself(folder, tmp_path):
     assert (tmp_path / "c/00000.png").read_bytes() != (tmp_path / "a/00000.png").read_bytes()
     for entry in content["images"]:
         assert (tmp_path / "a" / entry["file"]).read_bytes() == (tmp_path / "b" / entry["file"]).read_bytes()
+
+
+def test_the_command_draws_at_the_size_that_is_asked_for(folder, tmp_path, capsys):
+    from PIL import Image
+
+    from raphael.cli import main
+
+    command = ["generate", "a red circle", "--steps", "1", "--checkpoint", str(folder), "--out", str(tmp_path)]
+    assert main([*command, "--size", "24x40"]) == 0
+    assert Image.open(tmp_path / "00000.png").size == (40, 24)  # Pillow's order is width, height
+    assert json.loads((tmp_path / "images.json").read_text())["settings"]["size_px"] == [24, 40]
+    capsys.readouterr()
+    assert main([*command, "--size", "20x40"]) == 1
+    assert "got a picture of 20 x 40 px, expected multiples of 8" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*command, "--size", "24"])
+    assert "got '24', expected HxW such as 64x96" in capsys.readouterr().err
+
+
+def test_a_model_trained_at_one_size_only_may_name_it_by_its_sides():
+    from raphael.generate.pipeline import drawn_size
+
+    assert drawn_size({"height_px": 48, "width_px": 64}) == (48, 64)
+    assert drawn_size({"sizes_px": [[24, 40], [32, 32]]}) == (24, 40)
 
 
 def test_the_command_shows_routes_and_parameters(folder, pipeline, capsys, tmp_path):

@@ -153,7 +153,7 @@ def test_parts_that_do_not_fit_are_named(template):
     check_fit(config, records, config.model.load().unet.context_dim)
     with pytest.raises(StageError, match="unet.context_dim: got .* set it in the preset to 999"):
         check_fit(config, records, 999)
-    records.facts = {"picture": {"height_px": 8, "width_px": 8}}
+    records.facts = {"picture": {"sizes_px": [[8, 8]]}}
     with pytest.raises(StageError, match="got pictures of .* run encode again"):
         check_fit(config, records, config.model.load().unet.context_dim)
 

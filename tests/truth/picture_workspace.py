@@ -26,8 +26,13 @@ def drawn(number: int, width: int = 40, height: int = 32) -> tuple[str, Image.Im
     return f"a {inner} square on {outer}", Image.fromarray(pixels)
 
 
-def write_workspace(root: Path, project: Path, count: int = 10, per_shard: int = 4, **sections: dict) -> Path:
-    """data/shards, data/captions and params.yaml under `root`; sections: changes of params.yaml's sections."""
+def write_workspace(
+    root: Path, project: Path, count: int = 10, per_shard: int = 4, shapes: tuple = ((32, 40),), **sections: dict
+) -> Path:
+    """data/shards, data/captions and params.yaml under `root`; sections: changes of params.yaml's sections.
+
+    shapes: (height, width) of the pictures, in turn.
+    """
     (root / "data/shards").mkdir(parents=True)
     (root / "data/captions").mkdir()
     rows = []
@@ -35,11 +40,12 @@ def write_workspace(root: Path, project: Path, count: int = 10, per_shard: int =
         shard = f"{first // per_shard:05d}.tar"
         with tarfile.open(root / "data/shards" / shard, "w") as tar:
             for number in reversed(range(first, min(count, first + per_shard))):  # members in no order
-                caption, picture = drawn(number)
+                height, width = shapes[number % len(shapes)]
+                caption, picture = drawn(number, width, height)
                 key = f"{number:09d}"
                 add_member(tar, f"{key}.txt", b"other members are no pictures")
                 add_member(tar, f"{key}.png", png(picture))
-                rows.append({"key": key, "shard": shard, "caption": caption, "width": 40, "height": 32})
+                rows.append({"key": key, "shard": shard, "caption": caption, "width": width, "height": height})
     pq.write_table(pa.Table.from_pylist(rows), root / "data/captions/captions.parquet")
     write_params(root, project, **sections)
     return root
@@ -86,7 +92,7 @@ SMALL_LOOP = {
     "num_images": 16, "batch_size": 4, "warmup_images": 4, "log_every_images": 8, "checkpoint_every_images": 8,
 }  # fmt: skip
 SMALL = {
-    "picture": {"height_px": 16, "width_px": 24},
+    "picture": {"sizes_px": [[16, 32]]},
     "autoencoder": {"latent_channels": 4, "channels": [8, 8, 8], "norm_groups": 4, "loop": SMALL_LOOP},
     "clip": {
         "text_width": 32, "text_heads": 2, "text_layers": 1, "image_width": 32, "image_layers": 1, "embed_dim": 16,

@@ -47,7 +47,7 @@ def write_pipeline(folder: Path, seed: int = 0) -> Path:
     meta = {
         "unet": to_dict(unet.config),
         "diffusion": to_dict(diffusion),
-        "picture": {"height_px": 32, "width_px": 32},
+        "picture": {"sizes_px": [[32, 32], [24, 40]]},
         "mean_over": unet.config.mean_over,
         "images_seen": 0,
     }

@@ -24,8 +24,11 @@ def merge(settings: dict, changes: dict) -> dict:
     return {**settings, **changed}
 
 
-def write_workspace(folder: Path, changes: dict) -> Config:
-    """Write params.yaml (the debug sizes, then `changes`) and everything that the stage reads."""
+def write_workspace(folder: Path, changes: dict, counts: dict[str, int] | None = None) -> Config:
+    """Write params.yaml (the debug sizes, then `changes`) and everything that the stage reads.
+
+    counts: records of each bucket, by its name; COUNT of the first size if not given.
+    """
     import torch
 
     from raphael.encoders.autoencoder import build_autoencoder
@@ -36,7 +39,7 @@ def write_workspace(folder: Path, changes: dict) -> Config:
     settings, debug = (yaml.safe_load((ROOT / name).read_text()) for name in ("params.yaml", "params.debug.yaml"))
     settings = merge(settings, debug)
     length = load_preset(debug["model"]["preset"]).unet.context_length
-    sizes = {"picture": {"height_px": 32, "width_px": 32}, "generate": {"steps": 2}, "clip": {"context_length": length}}
+    sizes = {"picture": {"sizes_px": [[32, 32]]}, "generate": {"steps": 2}, "clip": {"context_length": length}}
     settings = merge(settings, sizes)
     (folder / "params.yaml").write_text(yaml.safe_dump(merge(settings, changes)))
     config = load_config(folder / "params.yaml")
@@ -46,19 +49,7 @@ def write_workspace(folder: Path, changes: dict) -> Config:
     autoencoder.save(folder / "models/autoencoder")
     save_clip(build_clip(config.clip), folder / "models/clip")
     text = load_text_encoder(folder / "models/clip")
-    rng = np.random.default_rng(0)
-    side, channels = 32 // autoencoder.downsampling, autoencoder.latent_channels
-    fields = {
-        MOMENTS: ("float16", (2 * channels, side, side)), TOKEN_IDS: ("int32", (text.context_length,)),
-        EDGES: ("uint8", (side, side)),
-    }  # fmt: skip
-    captions = [f"a {('red', 'green', 'blue')[i % 3]} {('circle', 'square')[i % 2]}" for i in range(COUNT)]
-    with RecordWriter(folder / "data/records", fields, {"picture": to_dict(config.picture)}) as writer:
-        writer.append([f"{i:09d}" for i in range(COUNT)], {
-            MOMENTS: rng.standard_normal((COUNT, 2 * channels, side, side)).astype(np.float16),
-            TOKEN_IDS: text.tokenize(captions).numpy().astype(np.int32),
-            EDGES: rng.integers(0, 256, (COUNT, side, side)).astype(np.uint8),
-        })  # fmt: skip
+    write_records(folder / "data/records", config, autoencoder, text, counts)
     suites = {"single": ("cross", "star"), "relation": ("pair", "row")}
     prompts = [
         {"prompt": f"a {name}", "suite": suite, "truth": None, "reference": None}
@@ -67,3 +58,25 @@ def write_workspace(folder: Path, changes: dict) -> Config:
     ]
     write_json(folder / "data/source/prompts.json", {"source": "scenes", "prompts": prompts})
     return config
+
+
+def write_records(folder: Path, config: Config, autoencoder, text, counts: dict[str, int] | None) -> None:
+    """Random moments and edges, captions of two shapes in three colours."""
+    rng = np.random.default_rng(0)
+    factor, channels = autoencoder.downsampling, 2 * autoencoder.latent_channels
+    sides = {f"{h}x{w}": (h // factor, w // factor) for h, w in config.picture.sizes_px}
+    counts = counts or {next(iter(sides)): COUNT}
+    tokens = ("int32", (text.context_length,))
+    fields = {
+        name: {MOMENTS: ("float16", (channels, *side)), TOKEN_IDS: tokens, EDGES: ("uint8", side)}
+        for name, side in sides.items()
+    }
+    with RecordWriter(folder, fields, {"picture": to_dict(config.picture)}) as writer:
+        for name, count in counts.items():
+            start = len(writer.seen)
+            captions = [f"a {('red', 'green', 'blue')[i % 3]} {('circle', 'square')[i % 2]}" for i in range(count)]
+            writer.append([f"{i:09d}" for i in range(start, start + count)], {
+                MOMENTS: rng.standard_normal((count, channels, *sides[name])).astype(np.float16),
+                TOKEN_IDS: text.tokenize(captions).numpy().astype(np.int32),
+                EDGES: rng.integers(0, 256, (count, *sides[name])).astype(np.uint8),
+            }, name)  # fmt: skip
