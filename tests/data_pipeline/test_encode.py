@@ -119,9 +119,9 @@ def test_a_learned_edge_detector_is_named_with_its_weights_and_a_changed_file_is
             assert (
                 records.facts["edge_detector"] == f"pidinet threshold=0 max-pooled weights={file_sha256(weights)[:16]}"
             )
-            images = np.stack([fit(drawn(number)[1], 16, 24) for number in range(COUNT)])
+            images = np.stack([fit(drawn(number)[1], 16, 32) for number in range(COUNT)])
             told = records.batch(range(COUNT))[EDGES]
-            assert np.array_equal(told, edge_map(images, (2, 3), "pidinet", 0.0, weights))
+            assert np.array_equal(told, edge_map(images, (2, 4), "pidinet", 0.0, weights))
             digests.append(digest(trained))
         assert digests[0] != digests[1]
     finally:
