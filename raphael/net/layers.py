@@ -33,7 +33,7 @@ class TimeEmbedding(nn.Module):
 class FeedForward(nn.Module):
     """A plain feed-forward per pixel: W2 gelu(W1 h); with geglu W2 (W1 h * gelu(G h)) (arXiv 2002.05202).
 
-    gelu is the tanh form, as in the experts; the gate's is exact, as in Stable Diffusion. hidden = dim * expansion;
+    Exact GELU, as in the experts and in Stable Diffusion. hidden = dim * expansion;
     geglu has three matrices of that size, gelu two.
     """
 
@@ -48,7 +48,7 @@ class FeedForward(nn.Module):
         if self.gated:
             h, gate = h.chunk(2, dim=-1)
             return self.narrow(h * F.gelu(gate))
-        return self.narrow(F.gelu(h, approximate="tanh"))
+        return self.narrow(F.gelu(h))
 
 
 class ResBlock(nn.Module):

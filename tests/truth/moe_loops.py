@@ -7,8 +7,8 @@ from raphael.net.moe import SpaceMoE, TimeMoE
 
 
 def gelu(x: Tensor) -> Tensor:
-    """Hendrycks & Gimpel (arXiv 1606.08415), the tanh form."""
-    return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+    """Hendrycks & Gimpel (arXiv 1606.08415): x times the normal distribution's share below x."""
+    return 0.5 * x * (1 + torch.erf(x / 2**0.5))
 
 
 def space_moe(moe: SpaceMoE, h: Tensor, context: Tensor, attention: Tensor, context_mask: Tensor | None) -> Tensor:
