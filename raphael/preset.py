@@ -37,6 +37,7 @@ class UNetConfig:
     expansion: Positive  # hidden width of an expert / width of the block
     dense_expansion: Positive  # hidden width of a dense layer / width of the block
     dense_activation: Literal["gelu", "geglu"]  # geglu: two hidden halves, one the gate, as in Stable Diffusion
+    mask_source: Literal["mean_of_heads", "max_of_heads"]  # M, of the cross-attention heads; the paper does not say
     mask_threshold: Share  # alpha: M_hat = [M >= alpha * max M]
     gate_hidden: Annotated[float, Range(0.01)]  # hidden width of a gate / width of its input
     gate_noise: Annotated[float, Range(0)]  # standard deviation of eps, added after the softmax, in training only

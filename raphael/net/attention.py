@@ -25,6 +25,7 @@ class AttentionSite:
     width: int
 
 
+MaskSource = Literal["mean_of_heads", "max_of_heads"]
 AttentionBias = Callable[[AttentionSite, Tensor], Tensor]  # scores (B, H, P, N) -> what is added to them
 AttentionEdit = Callable[[AttentionSite, Tensor], Tensor]  # probabilities (B, H, P, N) -> probabilities
 
@@ -59,13 +60,14 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """M = softmax(Q K^T / sqrt(d)), out = M V; Q from the map, K and V from the text (RAPHAEL, section 2).
 
-    The map M, averaged over heads, is returned: Space-MoE cuts its regions from it, the edge head learns on it. Where
-    nobody reads it (need_map False) it is not formed, nor kept for the backward pass, unless a hook asks for scores.
+    The map M is returned, its heads' mean, or their maximum (mask_source): Space-MoE cuts its regions from it, the edge
+    head learns on it. Where nobody reads it (need_map False) it is not formed, nor kept for the backward pass, unless
+    a hook asks for scores.
     """
 
-    def __init__(self, dim: int, context_dim: int, head_dim: int):
+    def __init__(self, dim: int, context_dim: int, head_dim: int, mask_source: MaskSource = "mean_of_heads"):
         super().__init__()
-        self.num_heads = dim // head_dim
+        self.num_heads, self.mask_source = dim // head_dim, mask_source
         self.q = nn.Linear(dim, dim, bias=False)
         self.kv = nn.Linear(context_dim, 2 * dim, bias=False)
         self.out = nn.Linear(dim, dim)
@@ -100,7 +102,7 @@ class CrossAttention(nn.Module):
         if edit is not None:
             map_BHPN = edit(site, map_BHPN)
         out = (map_BHPN.to(v_BHNd) @ v_BHNd).transpose(1, 2).reshape(B, P, D)
-        map_BPN = map_BHPN.mean(1)
+        map_BPN = map_BHPN.mean(1) if self.mask_source == "mean_of_heads" else map_BHPN.amax(1)
         return self.out(out), map_BPN if context_mask is None else map_BPN.masked_fill(~context_mask[:, None, :], 0)
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ class BlockOutput:
     edge_logits: Tensor | None  # (B, 1, h, w), in training or when collected; None where the preset has no edge heads
     space: Routing | None  # None where the layer is not a mixture
     time: Routing | None
-    attention: Tensor | None  # (B, h*w, N), averaged over heads; only when collected
+    attention: Tensor | None  # (B, h*w, N), the heads joined as mask_source says; only when collected
     height: int
     width: int
 
@@ -77,7 +77,7 @@ class RaphaelBlock(nn.Module):
         norms = [True, True, config.moe_norm, config.moe_norm]
         self.norms = nn.ModuleList(nn.LayerNorm(dim) if norm else nn.Identity() for norm in norms)
         self.self_attention = SelfAttention(dim, config.head_dim)
-        self.cross_attention = CrossAttention(dim, config.context_dim, config.head_dim)
+        self.cross_attention = CrossAttention(dim, config.context_dim, config.head_dim, config.mask_source)
         gate = {
             "expansion": config.expansion,
             "gate_hidden": config.gate_hidden,

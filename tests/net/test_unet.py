@@ -318,3 +318,15 @@ def test_a_dense_layer_of_the_experts_joint_width_costs_what_the_mixture_costs()
     assert flops(space_layer="dense", dense_expansion=8) == pytest.approx(full, rel=0.02)
     assert flops(time_layer="dense", dense_expansion=2) == pytest.approx(full, rel=0.02)
     assert flops(time_layer="none", space_layer="dense", dense_expansion=10) == pytest.approx(full, rel=0.02)
+
+
+def test_the_map_is_the_mean_or_the_maximum_of_the_heads():
+    torch.manual_seed(0)
+    mean, largest = CrossAttention(8, 6, 4), CrossAttention(8, 6, 4, "max_of_heads")
+    largest.load_state_dict(mean.state_dict())
+    h, context, site = torch.randn(2, 5, 8), torch.randn(2, 3, 6), AttentionSite("cross", 0, 1, 5)
+    q, k = mean.q(h).view(2, 5, 2, 4), mean.kv(context).view(2, 3, 2, 2, 4)[:, :, 0]
+    heads = torch.stack([torch.softmax(q[:, :, i] @ k[:, :, i].mT / 2, dim=-1) for i in range(2)])
+    torch.testing.assert_close(mean(h, context, None, site)[1], heads.mean(0))
+    torch.testing.assert_close(largest(h, context, None, site)[1], heads.amax(0))
+    assert torch.equal(largest(h, context, None, site)[0], mean(h, context, None, site)[0])
