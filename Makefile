@@ -49,8 +49,12 @@ repro: setup  ## the same work without Prefect: what changed, in DVC's order
 ablation: setup  ## what each part of the network adds: arms and seeds of flows/ablation.yaml (100 minutes on two cores)
 	@python -m flows.run_ablation
 
+.PHONY: sweep
+sweep: setup  ## guidance, alpha and what else flows/sweep.yaml tries on the trained model (reports/sweep.html)
+	@python -m flows.run_sweep
+
 .PHONY: up
-up: setup  ## start the Prefect server, the MLflow page and the deployments raphael/{full,data,train,evaluate,ablation}
+up: setup  ## start the Prefect server, the MLflow page and the deployments raphael/{full,data,train,evaluate,ablation,sweep}
 	@python -m flows.serve up
 
 .PHONY: down

@@ -23,7 +23,7 @@ from flows.pipeline import read_pipeline
 from flows.servers import answers, loopback_port, prefect_api, prefect_command, running, start, stop, wait
 from raphael.stage import StageError, one_clear_line, write_json
 
-NAMES = ("full", "data", "train", "evaluate", "ablation")
+NAMES = ("full", "data", "train", "evaluate", "ablation", "sweep")
 SERVERS = ("serve", "mlflow", "prefect")  # in the order of ending
 NO_JOBS = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # a dozen idle processes for evaluations that we do not use
 READY = "deployments.ready"
@@ -76,9 +76,11 @@ def run(root: Path) -> None:
     from flows.data import data
     from flows.evaluate import evaluate
     from flows.full import full
+    from flows.sweep import sweep
     from flows.train import train
 
-    flows = {"full": full, "data": data, "train": train, "evaluate": evaluate, "ablation": ablation}
+    flows = {"full": full, "data": data, "train": train, "evaluate": evaluate}
+    flows |= {"ablation": ablation, "sweep": sweep}
     api = prefect_api(root)
     try:
         deployments = [flow.to_deployment(name, concurrency_limit=1, tags=["raphael"]) for name, flow in flows.items()]

@@ -1,0 +1,33 @@
+"""reports/sweep.html and reports/sweep.json: the paper's figures for one checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flows.ablation_page import number
+from raphael.evaluate.report import TEMPLATES
+from raphael.evaluate.sweep_figures import charts
+from raphael.stage import write_json
+
+
+def write_page(root: Path, results: dict[str, Any]) -> Path:
+    """Both files."""
+    write_json(root / "reports" / "sweep.json", results)
+    page = root / "reports" / "sweep.html"
+    page.write_text(render(results), encoding="utf-8")
+    return page
+
+
+def render(results: dict[str, Any]) -> str:
+    """The page: complete in itself, texts escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["number"] = number
+    return environment.get_template("sweep.html").render(
+        css=(TEMPLATES / "report.css").read_text(encoding="utf-8"), results=results, figures=charts(results)
+    )
