@@ -44,11 +44,17 @@ class NullTracker:
     run_id: str | None = None
     uri = ""
 
-    def log(self, metrics: dict[str, float], step: int, again: bool = False) -> None:
-        """Add a point to each metric. A step at or before the last one is taken as logged already, but for `again`."""
+    def log(self, metrics: dict[str, float], step: int, again: bool = False, model_id: str | None = None) -> None:
+        """Add a point to each metric. A step at or before the last one is taken as logged already, but for `again`.
+
+        model_id: the numbers are also those of this logged model (raphael/registry.py).
+        """
 
     def image(self, key: str, image: Any, step: int, again: bool = False) -> None:
         """Add a picture (uint8 (H, W, 3) or PIL) to the series `key`; once per step, but for `again`."""
+
+    def table(self, name: str, columns: dict[str, list[Any]]) -> None:
+        """A table of the run, once per name: columns of texts, numbers or PIL pictures. MLflow's pages compare it."""
 
     def params(self, params: dict[str, Any]) -> None:
         """Settings, nested mappings flattened with dots. Known ones are left as they are."""
@@ -81,8 +87,9 @@ class MlflowTracker(NullTracker):
         self.last_steps: dict[str, int] = {}
         self.client: MlflowClient | None = None
 
-    def log(self, metrics: dict[str, float], step: int, again: bool = False) -> None:
-        self._keep({"step": step, "time_ms": int(time.time() * 1000), "metrics": metrics, "again": again})
+    def log(self, metrics: dict[str, float], step: int, again: bool = False, model_id: str | None = None) -> None:
+        about = {"again": again} | ({"model_id": model_id} if model_id else {})
+        self._keep({"step": step, "time_ms": int(time.time() * 1000), "metrics": metrics, **about})
         self._flush()
 
     def image(self, key: str, image: Any, step: int, again: bool = False) -> None:
@@ -92,7 +99,14 @@ class MlflowTracker(NullTracker):
             if not any(name.match(Path(item.path).name) for item in known):
                 client.log_image(self.run_id, image, key=key, step=step, synchronous=True)
 
-        self._send(send)
+        self.send(send)
+
+    def table(self, name: str, columns: dict[str, list[Any]]) -> None:
+        def send(client: MlflowClient) -> None:
+            if not any(item.path == f"{name}.json" for item in client.list_artifacts(self.run_id)):
+                client.log_table(self.run_id, columns, f"{name}.json")
+
+        self.send(send)
 
     def params(self, params: dict[str, Any]) -> None:
         from mlflow.entities import Param
@@ -105,26 +119,26 @@ class MlflowTracker(NullTracker):
             for start in range(0, len(new), MAX_BATCH):
                 client.log_batch(self.run_id, params=new[start : start + MAX_BATCH], synchronous=True)
 
-        self._send(send)
+        self.send(send)
 
     def tags(self, tags: dict[str, str]) -> None:
-        self._send(lambda client: [client.set_tag(self.run_id, name, value) for name, value in tags.items()])
+        self.send(lambda client: [client.set_tag(self.run_id, name, value) for name, value in tags.items()])
 
     def dataset(self, name: str, digest: str, source: str, context: str) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         data = Dataset(name=name, digest=digest[:36], source_type="local", source=json.dumps({"uri": source}))
         entry = DatasetInput(data, [InputTag("mlflow.data.context", context)])
-        self._send(lambda client: client.log_inputs(self.run_id, [entry]))
+        self.send(lambda client: client.log_inputs(self.run_id, [entry]))
 
     def artifact(self, path: str | Path, folder: str | None = None) -> None:
-        self._send(lambda client: client.log_artifact(self.run_id, str(path), folder))
+        self.send(lambda client: client.log_artifact(self.run_id, str(path), folder))
 
     def close(self, status: str = "FINISHED") -> None:
         self._flush(now=True)
-        self._send(lambda client: client.set_terminated(self.run_id, status))
+        self.send(lambda client: client.set_terminated(self.run_id, status))
 
-    def _send(self, action: Callable[[MlflowClient], T], now: bool = False) -> T | None:
+    def send(self, action: Callable[[MlflowClient], T], now: bool = False) -> T | None:
         """Do it; where the server is away, say so once and come back to it after a while."""
         if self.run_id is None or (time.monotonic() < self.retry_at_s and not now):
             return None
@@ -157,7 +171,7 @@ class MlflowTracker(NullTracker):
                 self._send_point(client, entry)
             return True
 
-        if self._send(send, now):
+        if self.send(send, now):
             self.journal.unlink()
 
     def _send_point(self, client: MlflowClient, entry: dict[str, Any]) -> None:
@@ -169,7 +183,7 @@ class MlflowTracker(NullTracker):
                 history = client.get_metric_history(self.run_id, name)
                 self.last_steps[name] = max((point.step for point in history), default=-1)
             if step > self.last_steps[name] or entry.get("again"):
-                points.append(Metric(name, float(value), entry["time_ms"], step))
+                points.append(Metric(name, float(value), entry["time_ms"], step, model_id=entry.get("model_id")))
         for start in range(0, len(points), 1000):
             client.log_batch(self.run_id, metrics=points[start : start + 1000], synchronous=True)
         self.last_steps.update({point.key: step for point in points})
@@ -217,7 +231,7 @@ def create_run(config: Config, root: str | Path, name: str, params: dict[str, An
         if revision != "unknown":
             tags["mlflow.source.git.commit"] = revision.removesuffix("-dirty")
         run_id = client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
-    except Exception as error:  # as in MlflowTracker._send
+    except Exception as error:  # as in MlflowTracker.send
         warn_away(uri, error, "this run is not tracked there")
         return None
     tracker = MlflowTracker(uri, run_id, root / "work" / "tracking" / f"{run_id}.jsonl")
@@ -232,7 +246,7 @@ def reopen_run(uri: str, run_id: str) -> bool:
         client.get_run(run_id)
         client.update_run(run_id, status="RUNNING")
         return True
-    except Exception as error:  # as in MlflowTracker._send
+    except Exception as error:  # as in MlflowTracker.send
         warn_away(uri, error, f"the run {run_id} cannot be continued there")
         return False
 
@@ -249,47 +263,6 @@ def closing(tracker: Tracker) -> Iterator[Tracker]:
         tracker.close("FAILED")
         raise
     tracker.close("FINISHED")
-
-
-def register_model(tracker: Tracker, name: str, folder: Path, sha256: str, facts: dict[str, Any]) -> str | None:
-    """Put a trained model into MLflow's registry: a new version of `name`, whose content is a pointer to `folder`.
-
-    The weights stay where DVC has them: MLflow's copy would be a second one. A version of the same content from the
-    same run is not made twice. Returns the version, None where nothing was registered.
-    """
-    if not isinstance(tracker, MlflowTracker):
-        return None
-    pointer = {"path": str(folder), "sha256": sha256, **facts}
-
-    def send(client: MlflowClient) -> str:
-        from mlflow.exceptions import MlflowException
-
-        for version in client.search_model_versions(f"name='{name}'"):
-            if version.run_id == tracker.run_id and version.tags.get("sha256") == sha256:
-                return str(version.version)
-        experiment_id = client.get_run(tracker.run_id).info.experiment_id
-        model = client.create_logged_model(
-            experiment_id, name=name, source_run_id=tracker.run_id, model_type="text-to-image diffusion",
-            tags={"sha256": sha256, "path": str(folder)}, params={key: str(value) for key, value in
-            flatten(facts).items()},
-        )  # fmt: skip
-        with tempfile_folder() as home:
-            write_json(home / "pointer.json", pointer)
-            client.log_model_artifacts(model.model_id, str(home))
-        client.finalize_logged_model(model.model_id, "READY")
-        try:
-            client.create_registered_model(name, description="RAPHAEL text-to-image models, one version per training")
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        version = client.create_model_version(
-            name, source=f"models:/{model.model_id}", run_id=tracker.run_id, model_id=model.model_id,
-            tags={"sha256": sha256, "path": str(folder)},
-            description=f"The weights are in {folder} (under DVC); pointer.json names their sha256.",
-        )  # fmt: skip
-        return str(version.version)
-
-    return tracker._send(send)
 
 
 def remember_run(root: str | Path, sha256: str, uri: str, run_id: str | None) -> None:

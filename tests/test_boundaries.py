@@ -16,7 +16,7 @@ ROOMS = ("raphael", "data_pipeline", "flows", "tests", "benchmarks")
 STANDARD = set(sys.stdlib_module_names)
 LONGEST_FILE, LONGEST_FUNCTION, LONGEST_LOOP, MOST_ARGUMENTS = 400, 60, 150, 8
 GROUND_FLOOR = set(
-    "checkpoint config manifest precision preset randomness records sampling stage strict tracking".split()
+    "checkpoint config manifest precision preset randomness records registry sampling stage strict tracking".split()
 )
 PURE = ("raphael/net/", "raphael/diffusion/", "raphael/objectives/", "raphael/train/loop.py")
 PURE_MAY = {"torch", "numpy", "einops"}

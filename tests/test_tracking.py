@@ -10,6 +10,7 @@ import pytest
 
 from raphael import tracking
 from raphael.config import load_config
+from raphael.registry import register_model
 from raphael.strict import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -124,9 +125,9 @@ def test_the_final_model_is_registered_once_without_its_weights(run, workspace):
     tracker = run()
     folder = workspace / "models" / "raphael"
     folder.mkdir(parents=True)
-    versions = [tracking.register_model(tracker, "raphael", folder, "f" * 64, {"images_seen": 640}) for _ in range(2)]
+    versions = [register_model(tracker, "raphael", folder, "f" * 64, {"images_seen": 640}) for _ in range(2)]
     assert versions[0] == versions[1]
-    other = tracking.register_model(run(), "raphael", folder, "e" * 64, {"images_seen": 640})
+    other = register_model(run(), "raphael", folder, "e" * 64, {"images_seen": 640})
     assert int(other) == int(versions[0]) + 1
     client = tracking.connect(tracker.uri)
     version = client.get_model_version("raphael", versions[0])
@@ -135,7 +136,7 @@ def test_the_final_model_is_registered_once_without_its_weights(run, workspace):
 
     pointer = json.loads((Path(mlflow.artifacts.download_artifacts(version.source)) / "pointer.json").read_text())
     assert pointer == {"path": str(folder), "sha256": "f" * 64, "images_seen": 640}
-    assert tracking.register_model(tracking.NullTracker(), "raphael", folder, "f" * 64, {}) is None
+    assert register_model(tracking.NullTracker(), "raphael", folder, "f" * 64, {}) is None
 
 
 def test_evaluation_finds_the_run_that_trained_the_model(run, config, workspace):

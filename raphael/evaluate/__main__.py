@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raphael.config import Config
+from raphael.evaluate.findings import by_suite, log_evaluation, worth_looking_at
+from raphael.evaluate.prompts import list_sha256
 from raphael.stage import Stage, StageError, main, read_json
 
 if TYPE_CHECKING:
@@ -17,7 +19,6 @@ MODEL = Path("models/raphael")
 SHARDS = Path("data/shards")
 CAPTIONS = Path("data/captions/captions.parquet")
 RETRIEVAL_CHOICES = 20
-GRID_PICTURES = 32
 
 
 def run(config: Config, stage: Stage) -> None:
@@ -25,21 +26,31 @@ def run(config: Config, stage: Stage) -> None:
     entries = drawn["images"]
     pictures = [load_picture(GENERATED / entry["file"]) for entry in entries]
     facts: dict[str, Any] = {"model": drawn["model"], "settings": drawn["settings"]}
+    facts["prompts"] = list_sha256(entries)
+    wrong: list[list[str]] | None = None
     if any(entry.get("truth") for entry in entries):
-        from raphael.evaluate.attributes import score
+        from raphael.evaluate.attributes import score, wrong_attributes
 
-        facts |= score(entries, _read(stage, pictures))
+        readings = _read(stage, pictures)
+        facts |= score(entries, readings)
+        pairs = zip(entries, readings, strict=True)
+        wrong = [wrong_attributes(entry, reading) if entry.get("truth") else [] for entry, reading in pairs]
     facts |= compare(config, stage, entries, pictures)
+    facts["failures"] = worth_looking_at(entries, facts.pop("cosines", None), wrong)
     stage.report(len(entries), len(entries), **facts)
-    log(config, stage, facts, pictures)
+    log_evaluation(config, stage, facts, entries, pictures)
 
 
 def compare(config: Config, stage: Stage, entries: list[dict[str, Any]], pictures: list[np.ndarray]) -> dict[str, Any]:
-    """CLIP score, retrieval, Frechet distance and nearest training pictures; what cannot be had says why."""
+    """CLIP score, retrieval, Frechet distance and nearest training pictures; what cannot be had says why.
+
+    cosines: each picture's with its prompt, (n,), where there is a CLIP.
+    """
     import numpy as np
 
     from raphael.evaluate import clip_score as cs
-    from raphael.evaluate.features import FeatureSpace, inception_space
+    from raphael.evaluate.features import FeatureSpace, inception_space, network_sha256
+    from raphael.evaluate.intervals import bootstrap_mean
     from raphael.evaluate.references import reference_pictures
 
     scorer, suffix, reason = scoring_clip(config)
@@ -62,9 +73,15 @@ def compare(config: Config, stage: Stage, entries: list[dict[str, Any]], picture
             facts[f"{item.metric(len(pictures))}_reference"] = f"{len(reference)} training pictures"
     if scorer is None:
         return facts
-    texts = np.asarray(scorer.embed_texts([entry["prompt"] for entry in entries]))
+    prompts = [entry["prompt"] for entry in entries]
+    texts = np.asarray(scorer.embed_texts(prompts))
     name = f"clip_score{suffix}"
     facts[name] = round(cs.clip_score(features, texts), 6)
+    facts["cosines"] = (features.astype(np.float64) * texts).sum(1)
+    if len(set(prompts)) > 1:
+        facts[f"{name}_interval"] = [round(end, 6) for end in bootstrap_mean(facts["cosines"], prompts)]
+    facts[f"{name}_by_suite"] = by_suite(entries, facts["cosines"])
+    facts["scorer"] = network_sha256(scorer.model)[:16]
     if len(pictures) > 1:
         facts[f"{name}_of_other_prompts"] = round(cs.clip_score_of_others(features, texts), 6)
     choices = min(RETRIEVAL_CHOICES, len(pictures))
@@ -97,30 +114,6 @@ def load_picture(path: Path) -> np.ndarray:
         raise StageError(f"{path}: no such picture though images.json lists it; run the stage generate again") from None
     except (OSError, SyntaxError) as error:  # Pillow's answer to a truncated or broken PNG
         raise StageError(f"{path}: not a whole picture ({error}); delete it and run the stage generate again") from None
-
-
-def log(config: Config, stage: Stage, facts: dict[str, Any], pictures: list[np.ndarray]) -> None:
-    """Into the run that trained the model: the numbers of the top level, the report and a grid of the first pictures.
-
-    The step is the number of images the model has seen, as in training. A later evaluation of the same model (another
-    seed) is another point of that step, with a later time.
-    """
-    from raphael.checkpoint import checkpoint_sha256
-    from raphael.sampling import image_grid
-    from raphael.tracking import tracker_of_model
-
-    metrics = {f"evaluate/{key}": float(value) for key, value in facts.items() if isinstance(value, (int, float))}
-    metrics |= {f"evaluate/chance/{key}": value for key, value in facts.get("chance", {}).items() if value is not None}
-    tracker, step = tracker_of_model(config, stage.root, checkpoint_sha256(MODEL)), images_seen(MODEL)
-    tracker.log(metrics, step=step, again=True)
-    tracker.image("evaluate/first_pictures", image_grid(pictures[:GRID_PICTURES], columns=8), step, again=True)
-    tracker.artifact(stage.root / "reports" / "evaluate.json")
-    tracker.close()
-
-
-def images_seen(model: Path) -> int:
-    """How many images the model was trained on, 0 where it does not say."""
-    return int(read_json(model / "meta.json").get("images_seen", 0))
 
 
 def _read(stage: Stage, pictures: list[np.ndarray]) -> list[Any]:

@@ -26,6 +26,7 @@ HEADLINE_SUITES = {  # the pictures behind each number at the top; None: every p
     "style": None,
 }
 CHANCE_DRAWS = 5
+PICTURE = "picture_accuracy"  # share of pictures in which everything that the prompt states is right
 
 
 def read_pictures(pictures: Sequence[np.ndarray]) -> list[SceneReading]:
@@ -35,7 +36,8 @@ def read_pictures(pictures: Sequence[np.ndarray]) -> list[SceneReading]:
 def score(entries: Sequence[dict[str, Any]], readings: Sequence[SceneReading]) -> dict[str, Any]:
     """entries: images.json's, each with suite and truth, one per reading.
 
-    -> <attribute>_accuracy, _n, _low, _high at the top; `chance`: {<attribute>_accuracy}; `by_suite`: the same.
+    -> <attribute>_accuracy, _n, _low, _high at the top, picture_accuracy too; `chance`: {<attribute>_accuracy};
+    `by_suite`: the same.
     """
     judged = [(entry, reading) for entry, reading in zip(entries, readings, strict=True) if entry.get("truth")]
     verdicts = [(entry["suite"], judge(reading, entry["truth"])) for entry, reading in judged]
@@ -47,10 +49,14 @@ def score(entries: Sequence[dict[str, Any]], readings: Sequence[SceneReading]) -
     for attribute, suite in HEADLINE_SUITES.items():
         outcomes = _outcomes(shuffled, attribute, suite)
         chance[f"{attribute}_accuracy"] = round(sum(outcomes) / len(outcomes), 6) if outcomes else None
+    result |= share(PICTURE, _whole(verdicts))
+    outcomes = _whole(shuffled)
+    chance[PICTURE] = round(sum(outcomes) / len(outcomes), 6) if outcomes else None
     result["chance"] = chance
     result["by_suite"] = {}
     for suite in sorted({suite for suite, _ in verdicts}):
         rows: dict[str, Any] = {"pictures": sum(name == suite for name, _ in verdicts)}
+        rows |= share(PICTURE, _whole([item for item in verdicts if item[0] == suite]))
         for attribute in ATTRIBUTES:
             outcomes = _outcomes(verdicts, attribute, suite)
             if outcomes:
@@ -65,6 +71,15 @@ def _outcomes(verdicts: list[tuple[str, dict[str, bool | None]]], attribute: str
         for name, verdict in verdicts
         if verdict[attribute] is not None and suite in (None, name)
     ]
+
+
+def wrong_attributes(entry: dict[str, Any], reading: SceneReading) -> list[str]:
+    """What the prompt states and the picture does not show."""
+    return [name for name, right in judge(reading, entry["truth"]).items() if right is False]
+
+
+def _whole(verdicts: list[tuple[str, dict[str, bool | None]]]) -> list[bool]:
+    return [all(right is not False for right in verdict.values()) for _, verdict in verdicts]
 
 
 def _against_others(judged: list[tuple[dict[str, Any], SceneReading]]) -> list[tuple[str, dict[str, bool | None]]]:

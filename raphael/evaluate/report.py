@@ -33,12 +33,14 @@ def run(config: Config, stage: Stage) -> None:
     stage.report(len(SECTIONS), shown, {"no data": len(SECTIONS) - shown}, bytes=len(page.encode()))
 
 
-SECTIONS = ("funnel", "charts", "grids", "gallery", "insight", "times", "accuracies", "measures", "provenance")
+SECTIONS = ("funnel", "charts", "grids", "gallery", "insight", "times", "accuracies", "measures")
+SECTIONS += ("failures", "provenance")
 
 
 def gather(config: Config) -> dict[str, Any]:
     """Everything the page shows, plain enough for the template. What a workspace does not have stays empty."""
     from raphael.evaluate import report_data as data
+    from raphael.evaluate import report_findings as findings
 
     drawn = read_json(GENERATED / "images.json")
     measured = read_json(REPORTS / "evaluate.json") if (REPORTS / "evaluate.json").is_file() else {}
@@ -54,7 +56,10 @@ def gather(config: Config) -> dict[str, Any]:
         "gallery": data.gallery(GENERATED, drawn["images"]),
         "accuracies": data.accuracies(measured),
         "by_suite": data.by_suite(measured),
-        "measures": data.measures(measured),
+        "measures": findings.metric_cards(measured),
+        "clip_by_suite": findings.clip_by_suite(measured),
+        "failures": findings.failures(measured, GENERATED),
+        **findings.beside(REPORTS),
         "hero": data.hero(GENERATED, drawn["images"]),
         "insight": [],
         "times": None,

@@ -27,6 +27,7 @@ REPORTED_DIGITS = 6  # of losses, in the report: what a person compares
 def run(config: Config, stage: Stage) -> None:
     from raphael import tracking
     from raphael.checkpoint import CheckpointHome
+    from raphael.registry import register_model
 
     check_machine(config)
     folders = open_folders(config, stage)
@@ -42,7 +43,7 @@ def run(config: Config, stage: Stage) -> None:
         tracking.remember_run(stage.root, sha256, job.tracking_uri, job.run_id)
         tracker.artifact(published / "curves.json")
         facts = {"images_seen": meta["images_seen"], "preset": config.model.preset, "parameters": parameters}
-        version = tracking.register_model(tracker, config.tracking.experiment, published, sha256, facts)
+        version = register_model(tracker, config.tracking.experiment, published, sha256, facts)
     stage.timings["images_per_s"] = rates(folders)
     write_report(stage, meta, parameters)
     if version is not None:

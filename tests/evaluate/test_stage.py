@@ -125,6 +125,21 @@ def test_evaluating_again_writes_the_same_bytes_and_a_later_point_into_the_run(e
     (experiment,) = [item for item in client.search_experiments() if item.name == "raphael"]
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.data.metrics["evaluate/shape_accuracy"] == json.loads(before)["shape_accuracy"]
+    (model,) = client.search_logged_models([experiment.experiment_id])
+    on_the_board = {metric.key: metric.value for metric in model.metrics}
+    assert on_the_board == run.data.metrics, "the leaderboard has every number of the evaluation"
+    assert "evaluate_pictures.json" in [item.path for item in client.list_artifacts(run.info.run_id)]
+
+
+def test_the_evaluation_names_its_protocol_and_failures_worth_looking_at(evaluated, generated):
+    listed = json.loads((generated / "images.json").read_text())["images"]
+    assert len(evaluated["prompts"]) == 64 and len(evaluated["failures"]["lowest_clip_score"]) == 12
+    low, high = evaluated["clip_score_self_interval"]
+    assert low < evaluated["clip_score_self"] < high
+    values = [row["value"] for row in evaluated["failures"]["lowest_clip_score"]]
+    assert values == sorted(values) and np.mean(values) == pytest.approx(evaluated["clip_score_self"], abs=1e-5)
+    assert {row["file"] for row in evaluated["failures"]["most_wrong"]} <= {entry["file"] for entry in listed}
+    assert set(evaluated["clip_score_self_by_suite"]) == set(evaluated["by_suite"])
 
 
 def test_the_page_is_one_file_that_asks_nobody_for_anything_and_is_the_same_again(evaluated, workspace, monkeypatch):
@@ -133,6 +148,7 @@ def test_the_page_is_one_file_that_asks_nobody_for_anything_and_is_the_same_agai
     assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
     assert all(part.startswith("data:image/") for part in page.split('src="')[1:])
     assert "Does it paint what it is told?" in page and "No curves were logged" in page
+    assert "Failures worth looking at" in page and "n = 12; prompts " in page
     assert len(page) < 6 << 20
     sizes = re.findall(r"<b>(\d+ × \d+)</b><span>(\d+)<small> ([\d.]+) %", page)
     assert sizes == [("64 × 64", "9", "81.8"), ("48 × 96", "2", "18.2"), ("96 × 48", "0", "0.0")]

@@ -1,0 +1,74 @@
+"""The report's sections on how numbers were measured, on failures, and on what lies beside: sweeps and path maps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from raphael.evaluate import figures
+from raphael.evaluate.report_data import ATTRIBUTE_LABELS, load, measures
+from raphael.evaluate.sweep_figures import charts
+from raphael.stage import read_json
+
+PATHS = "paths*.html"  # reports/: maps of the experts' paths, written by another command
+
+
+def metric_cards(measured: dict[str, Any]) -> list[dict[str, Any]]:
+    """`measures`, each with its number of pictures, its interval, and how it was measured, in words."""
+    rows = measures(measured)
+    for row in rows:
+        key = row["key"]
+        row["n"] = measured["total"]
+        row["interval"] = [f"{end:.4g}" for end in measured.get(f"{key}_interval") or ()]
+        row["protocol"] = protocol_line(measured, measured.get(f"{key}_reference"))
+    return rows
+
+
+def protocol_line(measured: dict[str, Any], reference: str | None) -> str:
+    """What a number means nothing without: prompts, drawing, weights, judge, reference."""
+    settings, parts = measured.get("settings", {}), []
+    if "prompts" in measured:
+        parts.append(f"prompts {measured['prompts'][:8]}")
+    for name in ("sampler", "steps", "guidance_scale", "seed"):
+        if name in settings:
+            parts.append(f"{name.removesuffix('_scale')} {settings[name]}")
+    parts += [f"model {str(measured['model'])[:8]}"] if measured.get("model") else []
+    parts += [f"CLIP {measured['scorer'][:8]}"] if measured.get("scorer") else []
+    parts += [f"against {reference}"] if reference else []
+    return ", ".join(parts)
+
+
+def clip_by_suite(measured: dict[str, Any]) -> dict[str, Any] | None:
+    """The CLIP score of every suite of prompts, as a chart with intervals; None where none was measured."""
+    key = next((name for name in measured if name.endswith("_by_suite") and name.startswith("clip_score")), None)
+    if key is None or len(measured[key]) < 2:
+        return None
+    rows = [{"name": suite or "all", **row} for suite, row in measured[key].items()]
+    return {"key": key.removesuffix("_by_suite"), "rows": rows}
+
+
+def failures(measured: dict[str, Any], folder: Path) -> dict[str, Any] | None:
+    """Pictures worth looking at, with what is wrong about them; None where the evaluation named none."""
+    found = measured.get("failures", {})
+
+    def cards(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        shown = []
+        for row in rows:
+            wrong = [ATTRIBUTE_LABELS[name] for name in row.get("wrong", ())]
+            note = f"{row['value']:.3f}" if "value" in row else ""
+            uri = figures.data_uri(load(folder / row["file"]))
+            shown.append({"prompt": row["prompt"], "uri": uri, "note": note, "wrong": wrong})
+        return shown
+
+    result = {"lowest": cards(found.get("lowest_clip_score", [])), "most_wrong": cards(found.get("most_wrong", []))}
+    counts = [{"label": ATTRIBUTE_LABELS[name], "count": count} for name, count in found.get("wrong", {}).items()]
+    return {**result, "counts": counts} if result["lowest"] or result["most_wrong"] else None
+
+
+def beside(reports: Path) -> dict[str, Any]:
+    """{sweep: figures of reports/sweep.json, those that are there, or None; paths: [file names]}."""
+    file = reports / "sweep.json"
+    sweep = read_json(file) if file.is_file() else None
+    drawn = [figure for figure in charts(sweep) if not figure["absent"]] if sweep else []
+    about = {"model": sweep["model"], "mask_threshold": sweep["mask_threshold"], "figures": drawn} if drawn else None
+    return {"sweep": about, "paths": sorted(path.name for path in reports.glob(PATHS))}
