@@ -51,11 +51,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint to draw with. facts: of a workspace's training, for the figures over trained models."""
+    """A checkpoint to draw with, and of its meta.json what is asked of it."""
 
     folder: Path
     sha256: str  # of everything that draws: network, autoencoder, text encoder
     unet: dict[str, Any]
+    size_px: tuple[int, int]  # height, width of its pictures
 
     @property
     def mask_threshold(self) -> float:
@@ -75,7 +76,8 @@ class Model:
             files = sorted(path for path in (folder / part).rglob("*") if path.is_file())
             lines += [f"{path.relative_to(folder)} {file_sha256(path)}" for path in files]
         sha256 = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-        return cls(folder, sha256, read_json(folder / META)["unet"])
+        meta = read_json(folder / META)
+        return cls(folder, sha256, meta["unet"], (meta["picture"]["height_px"], meta["picture"]["width_px"]))
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class Measure:
     def reference(self) -> str:
         """A hash of the training pictures that distances are to: which, how many, of which size."""
         captions = file_sha256(self.root / "data" / "captions" / "captions.parquet")
-        facts = [captions, self.config.evaluate.max_reference_images, to_dict(self.config.picture)]
+        facts = [captions, self.config.evaluate.max_reference_images, self.model.size_px]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     @cached_property
@@ -99,10 +99,9 @@ class Measure:
         key = hashlib.sha256(f"{self.reference} {space.network}".encode()).hexdigest()[:24]
         file = self.home / "reference" / f"{key}.npy"
         if not file.is_file():
-            data, picture = self.root / "data", self.config.picture
-            limit = self.config.evaluate.max_reference_images
+            data, limit = self.root / "data", self.config.evaluate.max_reference_images
             captions = data / "captions" / "captions.parquet"
-            pictures = reference_pictures(data / "shards", captions, limit, picture.height_px, picture.width_px)
+            pictures = reference_pictures(data / "shards", captions, limit, *self.model.size_px)
             _, rows = space.statistics(pictures)
             file.parent.mkdir(parents=True, exist_ok=True)
             temporary = file.with_name(f".{key}.{os.getpid()}.npy")
