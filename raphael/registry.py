@@ -16,7 +16,7 @@ from raphael.stage import write_json
 from raphael.tracking import MlflowTracker, Tracker, flatten, tempfile_folder
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
+    from raphael.tracking import MlflowClient
 
 BEST = "best"
 TAG = "judged."  # of a version: what it was judged by
