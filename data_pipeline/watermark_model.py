@@ -1,0 +1,286 @@
+"""Teach the watermark detector on clean photographs, examine it on others, and write it with its report.
+
+    python -m data_pipeline.watermark_model --pictures DIR --out FILE.safetensors
+
+A tenth of the photographs choose the threshold and three tenths are the examination; neither is ever taught from. The
+examination has fonts and words that were not taught, every kind of mark on every photograph, at three stored sizes.
+Each batch holds the same crops with and without a mark: only the mark tells them apart. Beside the model lies
+FILE.json: precision, recall, threshold, sizes, by kind and by stored size. A detector that is near chance is not
+written: docs/data.md says what has been measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_pipeline.watermarks import KINDS, draw
+from raphael.stage import StageError, one_clear_line, write_json
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from data_pipeline.watermark_net import WatermarkModel
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+MIN_PHOTOGRAPHS = 20
+KEPT_SIDE_PX = 320  # photographs are held in memory at this short side
+SIZES_PX = (96, 192, 320)  # of the examination: the short side as a shard would store it
+BATCH = 32
+LEARNING_RATE = 4e-3
+MIN_YOUDEN = 0.3  # recall less false alarms, below which a detector is worse than none
+
+
+def fit(photographs: list[Image.Image], num_images: int, seed: int = 0) -> WatermarkModel:
+    """A detector taught on `num_images` pictures, half of them with a mark drawn on. Its threshold is not chosen
+    yet."""
+    import torch
+    from tqdm import tqdm
+
+    from data_pipeline.watermark_net import WatermarkModel, WatermarkNet, loss
+    from raphael.precision import autocast
+
+    torch.manual_seed(seed)
+    net = WatermarkNet().to(memory_format=torch.channels_last)
+    steps = max(1, num_images // BATCH)
+    optimizer = torch.optim.AdamW(net.parameters(), LEARNING_RATE, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.15)
+    batches = _batches(photographs, steps, random.Random(seed))
+    for images, marked, masks in tqdm(batches, "watermark", steps, unit=" batches", mininterval=2.0):
+        with autocast("auto", "cpu"):
+            logits, places = net(images)
+        error = loss(logits, places, marked, masks)
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+        schedule.step()
+    return WatermarkModel(net)
+
+
+def choose_threshold(model: WatermarkModel, photographs: list[Image.Image], seed: int = 1) -> float:
+    """Move the model's scores so that 0.5 is where precision and recall of marked pictures together (F1) are best on
+    these photographs. Returns the probability, before the move, that is the threshold."""
+    import numpy as np
+
+    pictures, kinds, _ = examination(photographs, seed, unseen=False)
+    scores = model.scores(pictures)
+    marked = np.array([kind != "" for kind in kinds])
+    weights = np.where(marked, 1 / len(KINDS), 1.0)  # one clean picture for each marked one
+    order = np.argsort(-scores)
+    hits = np.cumsum(weights[order] * marked[order])
+    f1 = 2 * hits / (np.cumsum(weights[order]) + weights[marked].sum())
+    best = int(np.argmax(f1))
+    following = scores[order[min(best + 1, len(scores) - 1)]]
+    probability = float(np.clip((scores[order[best]] + following) / 2, 1e-6, 1 - 1e-6))
+    model.net.shift += float(np.log(probability / (1 - probability)))
+    return probability
+
+
+def examination(
+    photographs: list[Image.Image], seed: int, unseen: bool
+) -> tuple[list[Image.Image], list[str], list[int]]:
+    """(pictures, kind of mark or "", short side px): each photograph clean and with each kind, at the stored sizes in
+    turn."""
+    pictures, kinds, sizes = [], [], []
+    for number, photograph in enumerate(photographs):
+        for place, kind in enumerate(("", *KINDS)):
+            side = SIZES_PX[(number + place) % len(SIZES_PX)]
+            rng = random.Random(f"{seed} {number} {kind}")
+            picture = draw(photograph, kind, rng, unseen)[0] if kind else photograph
+            pictures.append(stored(picture, side))
+            kinds.append(kind)
+            sizes.append(side)
+    return pictures, kinds, sizes
+
+
+def stored(picture: Image.Image, short_px: int, quality: int = 95) -> Image.Image:
+    """As a shard holds it: brought down to this short side, and once through JPEG."""
+    from PIL import Image
+
+    scale = min(1.0, short_px / min(picture.size))
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    body = io.BytesIO()
+    picture.resize(size, Image.Resampling.BOX if scale < 1 else Image.Resampling.BILINEAR).save(
+        body, "jpeg", quality=quality
+    )
+    return Image.open(body).convert("RGB")
+
+
+def examine(model: WatermarkModel, photographs: list[Image.Image], seed: int = 2) -> dict[str, Any]:
+    """Precision and recall at the threshold on photographs, fonts and words that were not taught.
+
+    Precision is that of as many clean pictures as marked ones; at another share of marked pictures p it is
+    recall p / (recall p + false_alarms (1 - p)). Shares come with 95 % Wilson intervals.
+    """
+    import numpy as np
+
+    pictures, kinds, sizes = examination(photographs, seed, unseen=True)
+    flagged = model.scores(pictures) >= 0.5
+    kinds, sizes = np.array(kinds), np.array(sizes)
+    clean = kinds == ""
+
+    def line(marked: np.ndarray, unmarked: np.ndarray) -> dict[str, Any]:
+        recall, alarms = float(flagged[marked].mean()), float(flagged[unmarked].mean())
+        low, high = _interval(flagged[marked])
+        return {
+            "pictures": int(marked.sum()),
+            "recall": round(recall, 4),
+            "recall_95": [round(low, 4), round(high, 4)],
+            "precision": round(recall / (recall + alarms), 4) if recall + alarms else None,
+        }
+
+    low, high = _interval(flagged[clean])
+    return {
+        "photographs": len(photographs),
+        "false_alarms": round(float(flagged[clean].mean()), 4),
+        "false_alarms_95": [round(low, 4), round(high, 4)],
+        "all": line(~clean, clean),
+        "by_kind": {kind: line(kinds == kind, clean) for kind in KINDS},
+        "by_size_px": {str(side): line(~clean & (sizes == side), clean & (sizes == side)) for side in SIZES_PX},
+    }
+
+
+def read_photographs(folder: Path) -> list[tuple[str, Image.Image]]:
+    """(name, RGB picture) of every picture below the folder, in an order that only the names decide."""
+    from PIL import Image
+
+    from data_pipeline.pictures import FORMATS, upright
+
+    if not folder.is_dir():
+        raise StageError(f"{folder}: no such folder; expected one with photographs that have no watermark")
+    files = [file for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS]
+    if len(files) < MIN_PHOTOGRAPHS:
+        raise StageError(f"{folder}: got {len(files)} pictures, expected at least {MIN_PHOTOGRAPHS} clean photographs")
+    found = []
+    for file in sorted(files, key=lambda file: hashlib.sha256(file.name.encode()).digest()):
+        with Image.open(file, formats=FORMATS) as picture:
+            picture = upright(picture).convert("RGB")
+        scale = min(1.0, KEPT_SIDE_PX / min(picture.size))
+        found.append((file.name, picture.resize((round(picture.width * scale), round(picture.height * scale)))))
+    return found
+
+
+def drawn_scenes(number: int, seed: int) -> list[Image.Image]:
+    """Pictures of the embedded corpus; some have words in them that are no watermark."""
+    from data_pipeline.scene_drawing import draw as draw_scene
+    from data_pipeline.scenes import scene_of_row
+
+    return [draw_scene(scene_of_row(seed, row, (192, 320), 0.12)) for row in range(number)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=Path, required=True, help="a folder of clean photographs, at best hundreds")
+    parser.add_argument("--out", type=Path, required=True, help="the model, a .safetensors file")
+    parser.add_argument("--images", type=int, default=4800, help="pictures to teach (default: %(default)s)")
+    parser.add_argument("--scenes", type=int, default=60, help="drawn scenes among the taught (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    arguments = parser.parse_args(argv)
+    with one_clear_line("watermark") as outcome:
+        if arguments.out.suffix != ".safetensors":
+            raise StageError(f"--out: got {arguments.out}, expected a name that ends in .safetensors")
+        report = build(arguments)
+        whole = report["examination"]
+        print(f"recall {whole['all']['recall']:.3f}, precision {whole['all']['precision']}, kept in {arguments.out}")
+        for kind, line in whole["by_kind"].items():
+            print(f"  {kind:6} recall {line['recall']:.3f}, precision {line['precision']}")
+    return outcome.status
+
+
+def build(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Teach, choose, examine, write the model and its report; returns the report."""
+    found = read_photographs(arguments.pictures)
+    taught, choosing, examined = split([picture for _, picture in found])
+    started_s = time.process_time()
+    model = fit(taught + drawn_scenes(arguments.scenes, arguments.seed), arguments.images, arguments.seed)
+    teaching_s = time.process_time() - started_s
+    threshold = choose_threshold(model, choosing)
+    report = {
+        "photographs": {"taught": len(taught), "threshold": len(choosing), "examined": len(examined)},
+        "scenes": arguments.scenes,
+        "images": arguments.images,
+        "seed": arguments.seed,
+        "parameters": sum(parameter.numel() for parameter in model.net.parameters()),
+        "cpu_seconds": round(teaching_s, 1),
+        "threshold": round(threshold, 4),
+        "examination": examine(model, examined),
+    }
+    if arguments.scenes:  # other scenes than those taught
+        scores = model.scores([stored(picture, 96) for picture in drawn_scenes(100, arguments.seed + 1)])
+        report["false_alarms_on_scenes"] = round(float((scores >= 0.5).mean()), 4)
+    write_json(arguments.out.with_suffix(".json"), report)
+    refuse_chance(report["examination"])
+    model.save(arguments.out)
+    return report
+
+
+def refuse_chance(examination: dict[str, Any]) -> None:
+    """Raise StageError for a detector that hardly tells marked pictures from clean ones: it is not written."""
+    recall, alarms = examination["all"]["recall"], examination["false_alarms"]
+    if recall - alarms < MIN_YOUDEN:
+        raise StageError(
+            f"the detector flags {recall:.1%} of marked and {alarms:.1%} of clean pictures it has not seen, expected a "
+            f"difference of at least {MIN_YOUDEN:.0%}: only its report is written; teach more pictures (--images) "
+            "or more photographs (--pictures)"
+        )
+
+
+def split(photographs: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+    """(to teach, to choose the threshold, to examine): six, one and three tenths."""
+    first, second = round(0.6 * len(photographs)), round(0.7 * len(photographs))
+    return photographs[:first], photographs[first:second], photographs[second:]
+
+
+def _batches(
+    photographs: list[Image.Image], steps: int, rng: random.Random
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """images uint8 (B,3,side,side), marked float (B,), masks float (B,side/8,side/8): each crop with and without."""
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+
+    from data_pipeline.watermark_net import STRIDE, squeezed
+
+    for _ in range(steps):
+        images, masks = [], []
+        for number in range(BATCH // 2):
+            crop = _crop(rng.choice(photographs), rng)
+            marked, mask = draw(crop, KINDS[number % len(KINDS)], rng)
+            side, quality = round(rng.uniform(80, 340)), rng.randint(70, 97)
+            for picture in (crop, marked):
+                images.append(squeezed(stored(picture, side, quality)))
+            masks += [np.zeros(images[0].shape[:2], np.uint8), squeezed(mask)[..., 0]]
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+        places = F.max_pool2d(torch.from_numpy(np.stack(masks)).float()[:, None], STRIDE)[:, 0] > 40
+        yield pixels, torch.arange(len(images)) % 2.0, places.float()
+
+
+def _crop(picture: Image.Image, rng: random.Random) -> Image.Image:
+    """A piece of at least half of each side, mirrored half of the time, its brightness and colour changed a little."""
+    from PIL import ImageEnhance, ImageOps
+
+    width, height = (round(side * rng.uniform(0.5, 1.0)) for side in picture.size)
+    left, top = rng.randint(0, picture.width - width), rng.randint(0, picture.height - height)
+    crop = picture.crop((left, top, left + width, top + height))
+    if rng.random() < 0.5:
+        crop = ImageOps.mirror(crop)
+    crop = ImageEnhance.Brightness(crop).enhance(rng.uniform(0.7, 1.3))
+    return ImageEnhance.Color(crop).enhance(rng.uniform(0.6, 1.4))
+
+
+def _interval(outcomes: np.ndarray) -> tuple[float, float]:
+    from raphael.evaluate.intervals import wilson
+
+    return wilson(int(outcomes.sum()), len(outcomes))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
