@@ -1,13 +1,13 @@
 """Which downloaded pictures are kept: data/shards/ and links.parquet -> data/filtered/pictures.parquet.
 
-Scores come from the list, sizes from the stored pictures, duplicates are pictures with equal bytes (the lowest id
-stays). The rules and their order are those of data_pipeline/rules.py.
+Scores come from the list or the stage score, sizes from the stored pictures. Duplicates are pictures with equal bytes
+(the lowest id stays) and, where asked for, pictures that look alike (data_pipeline/near_duplicates.py). The rules and
+their order are those of data_pipeline/rules.py.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ from data_pipeline.schema import (
     WIDTH,
 )
 from data_pipeline.select import LINKS, open_parquet
+from data_pipeline.shard_rows import SCORED, SHARDS, ListScores, computed_scores, shard_tables
 from raphael.stage import Stage, StageError, main
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
     from raphael.config import Config
 
-SHARDS = Path("data/shards")
 PICTURES = Path("data/filtered/pictures.parquet")
 
 
@@ -46,22 +46,30 @@ def run(config: Config, stage: Stage) -> None:
 
     tables = shard_tables(SHARDS)
     opt_out = OptOut.read(config.filter.opt_out)
-    work = stage.workdir(LINKS, tables, repr(config.filter), opt_out.fingerprint)
-    scores = _Scores(LINKS)
+    scored = SCORED if SCORED.is_dir() else ""  # absent where the stage is run by itself
+    evaluation = Path(config.filter.evaluation_pictures) if config.filter.evaluation_pictures else ""
+    work = stage.workdir(LINKS, tables, scored, evaluation, repr(config.filter), opt_out.fingerprint)
+    scores = ListScores(LINKS)
     rules = score_rules(config.filter)
     seen: set[bytes] = set()
     dropped: dict[str, int] = {}
     total = kept = 0
     rows = sum(open_parquet(table).metadata.num_rows for table in tables)
+    near = _near_duplicates(config, work, rows)
     writer = pq.ParquetWriter(work / "pictures.parquet", picture_schema(), compression="zstd")
     with stage.progress(rows, "rows") as bar, writer:
         for path in tables:
             table = open_parquet(path).read()
-            scored = scores.of(table[ID].to_numpy(), path)
+            ids = table[ID].to_numpy()
+            scored = scores.of(ids, path) | computed_scores(path, ids)
             alive, successes = _judge(table, scored, _opt_out_rules(table, opt_out) + rules, seen, dropped)
+            if near:
+                alive = near.look(table[KEY].to_pylist(), path.with_suffix(".tar"), alive, dropped)
             total, kept = total + successes, kept + int(alive.sum())
             writer.write_table(_pictures(table, scored, path, alive))
             bar.update(len(table), kept=kept)
+    if near:
+        kept -= near.take_out(work / "pictures.parquet", dropped)
     if not kept:
         raise StageError(f"no picture of {total:,} is left ({dropped}); loosen filter in {config.file}")
     stage.publish(work / "pictures.parquet", PICTURES)
@@ -69,15 +77,14 @@ def run(config: Config, stage: Stage) -> None:
     stage.report(total, kept, dropped)
 
 
-def shard_tables(shards: Path) -> list[Path]:
-    """The tables of the shards, in order, each beside its tar. Raises StageError where one is missing."""
-    tables = sorted(shards.glob("*.parquet"))
-    if not tables:
-        raise StageError(f"{shards}: no shard; run the stage download (dvc repro download)")
-    for number, table in enumerate(tables):
-        if int(table.stem) != number or not table.with_suffix(".tar").exists():
-            raise StageError(f"{shards}: shard {number:05d} is not whole; run the stage download again")
-    return tables
+def _near_duplicates(config: Config, work: Path, rows: int):
+    """The search for pictures that look alike; None where it is off. Pictures are opened for it alone."""
+    if not (config.filter.near_duplicate_bits or config.filter.evaluation_pictures):
+        return None
+    from data_pipeline.near_duplicates import NearDuplicates
+
+    shutil.rmtree(work / "near", ignore_errors=True)  # of a killed run
+    return NearDuplicates(config.filter, work / "near", rows)
 
 
 def picture_schema() -> pa.Schema:
@@ -86,27 +93,6 @@ def picture_schema() -> pa.Schema:
     text, number = pa.string(), pa.int32()
     types = {ID: pa.int64(), WIDTH: number, HEIGHT: number, **dict.fromkeys(SCORES, pa.float64())}
     return pa.schema([(name, types.get(name, text)) for name in PICTURE_COLUMNS])
-
-
-class _Scores:
-    """The scores of the list, handed out shard by shard: shards are consecutive pieces of the list."""
-
-    def __init__(self, links: Path):
-        self.batches: Iterator[pa.RecordBatch] = open_parquet(links).iter_batches(columns=[ID, *SCORES])
-        self.ahead: list[pa.RecordBatch] = []
-
-    def of(self, ids: np.ndarray, path: Path) -> dict[str, np.ndarray]:
-        """Columns of float64 (n,), NaN where null, for the next n = len(ids) rows, which must be those."""
-        import numpy as np
-        import pyarrow as pa
-
-        while sum(map(len, self.ahead)) < len(ids) and (batch := next(self.batches, None)) is not None:
-            self.ahead.append(batch)
-        table = pa.Table.from_batches(self.ahead) if self.ahead else pa.table({ID: pa.array([], pa.int64())})
-        mine, self.ahead = table.slice(0, len(ids)), table.slice(len(ids)).to_batches()
-        if not np.array_equal(mine[ID].to_numpy(), ids):
-            raise StageError(f"{path}: its rows are not those of {LINKS}; run the stage download again")
-        return {score: mine[score].to_numpy() for score in SCORES}
 
 
 def _judge(table, scored: dict, rules: list, seen: set[bytes], dropped: dict[str, int]) -> tuple[np.ndarray, int]:

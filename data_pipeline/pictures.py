@@ -81,14 +81,14 @@ def read_pictures(shards: Path, captions: Path, start: int = 0) -> Iterator[tupl
     """
     from data_pipeline.schema import CAPTION, KEY, SHARD
 
-    shard = _Shard(None)
+    shard = Shard(None)
     try:
         for row in read_captions(captions)[start:]:
             name = str(row[SHARD])
             path = shards / (name if name.endswith(".tar") else f"{name}.tar")
             if shard.path != path:
                 shard.close()
-                shard = _Shard(path)
+                shard = Shard(path)
             yield row[KEY], row[CAPTION], shard.picture(row[KEY])
     finally:
         shard.close()
@@ -159,7 +159,7 @@ def shard_inputs(stage: Stage) -> list[Any]:
     return [captions, [[tar.name, tar.stat().st_size] for tar in tars]]
 
 
-class _Shard:
+class Shard:
     """One tar, its pictures found by name; nothing is ever extracted to disk."""
 
     def __init__(self, path: Path | None):

@@ -7,7 +7,7 @@ that marks it, so that counts by reason are exclusive and add up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from data_pipeline.schema import AESTHETIC, HEIGHT, SCORES, SIMILARITY, UNSAFE, WATERMARK, WIDTH
@@ -21,9 +21,10 @@ Columns = Mapping[str, "np.ndarray"]  # part -> float64 (n,), NaN where null
 Rule = tuple[str, Callable[[Columns], "np.ndarray"]]  # reason, columns -> bool (n,), True: drop
 
 
-def score_rules(config: FilterConfig) -> list[Rule]:
+def score_rules(config: FilterConfig, later: Collection[str] = ()) -> list[Rule]:
     """Scores, then size, then shape, in the order in which they are counted. A null passes every comparison; whether a
-    null score is dropped is the first rule's business (`missing_score`)."""
+    null score is dropped is the first rule's business (`missing_score`). later: scores that are computed after the
+    download, so that a row is not dropped for having none yet."""
     import numpy as np
 
     def sides(c: Columns) -> tuple[np.ndarray, np.ndarray]:
@@ -35,7 +36,9 @@ def score_rules(config: FilterConfig) -> list[Rule]:
 
     rules: list[Rule] = []
     if config.missing_score == "drop":
-        rules += [(f"no {score} score", lambda c, score=score: np.isnan(c[score])) for score in SCORES]
+        rules += [
+            (f"no {score} score", lambda c, score=score: np.isnan(c[score])) for score in SCORES if score not in later
+        ]
     return rules + [
         ("aesthetic too low", lambda c: c[AESTHETIC] < config.min_aesthetic),
         ("watermarked", lambda c: c[WATERMARK] >= config.max_watermark),

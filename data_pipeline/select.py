@@ -54,7 +54,7 @@ def run(config: Config, stage: Stage) -> None:
         raise StageError(f"{METADATA}: {error}; add the release's spelling to data_pipeline/schema.py") from None
     _refuse_useless_columns(config, columns)
     opt_out = OptOut.read(config.filter.opt_out)
-    work = stage.workdir(METADATA, repr(config.select), repr(config.filter), opt_out.fingerprint)
+    work = stage.workdir(METADATA, repr(config.select), repr(config.filter), repr(config.score), opt_out.fingerprint)
     stream = _Stream(config, columns, opt_out)
     shutil.rmtree(work / "urls", ignore_errors=True)  # of a killed run
     partitions = UrlPartitions(work / "urls", file.metadata.num_rows)
@@ -131,8 +131,11 @@ class _Stream:
         self._observe(numbers)
         rules = self._link_rules(texts)
         if self.config.select.score_rules:
-            rules += score_rules(self.config.filter)
-        alive = apply(rules, numbers, np.ones(rows, bool), self.dropped)
+            rules += score_rules(self.config.filter, self.config.score.computed)
+        judged = numbers
+        if self.config.score.replace:  # the list's own will not count
+            judged = numbers | {score: np.full(rows, np.nan) for score in self.config.score.computed}
+        alive = apply(rules, judged, np.ones(rows, bool), self.dropped)
         arrays = {
             ID: pa.array(np.arange(self.total, self.total + rows, dtype=np.int64)),
             URL: texts[URL],
@@ -234,11 +237,11 @@ def _without_duplicates(candidates: Path, out: Path, partitions: UrlPartitions, 
 
 
 def _refuse_useless_columns(config: Config, columns: Columns) -> None:
-    if columns.aesthetic_v1:
+    if columns.aesthetic_v1 and AESTHETIC not in config.score.computed:
         raise StageError(
             f"{METADATA}: column {columns.aesthetic_v1} holds LAION's V1 score, another scale than filter.min_aesthetic"
             " (V2): the filter would mean nothing; use a release with AESTHETIC_SCORE (aesthetics_v2_*), or drop the "
-            "column and set filter.missing_score: keep"
+            "column and set filter.missing_score: keep, or name a head in score.aesthetic"
         )
     if config.select.languages and LANGUAGE not in columns:
         raise StageError(f"{METADATA}: no column for the language but select.languages is set; set it to []")
@@ -246,7 +249,8 @@ def _refuse_useless_columns(config: Config, columns: Columns) -> None:
 
 def _refuse_useless_scores(config: Config, columns: Columns, stream: _Stream) -> None:
     low = stream.low.get(AESTHETIC)
-    if low is not None and low > config.filter.min_aesthetic:
+    own = config.score.replace and AESTHETIC in config.score.computed
+    if low is not None and low > config.filter.min_aesthetic and not own:
         raise StageError(
             f"{METADATA}: the lowest {columns[AESTHETIC]} is {low:g}, above filter.min_aesthetic "
             f"{config.filter.min_aesthetic:g}: the filter would drop nothing, as with a V1 score or a list that was "
@@ -254,10 +258,10 @@ def _refuse_useless_scores(config: Config, columns: Columns, stream: _Stream) ->
         )
     if config.filter.missing_score == "drop":
         for score in SCORES:
-            if stream.total and stream.nulls[score] == stream.total:
+            if stream.total and stream.nulls[score] == stream.total and score not in config.score.computed:
                 raise StageError(
                     f"{METADATA}: no row has a {score} score and filter.missing_score is drop: nothing would be kept; "
-                    "set filter.missing_score: keep, or use a release that has the score"
+                    "set filter.missing_score: keep, use a release that has the score, or compute it (score)"
                 )
 
 

@@ -8,7 +8,7 @@ from prefect import flow
 
 from flows.stages import FLOW, run_stages
 
-STAGES = ["source", "select", "download", "filter", "captions"]
+STAGES = ["source", "select", "download", "score", "filter", "captions"]
 
 
 @flow(name=FLOW, flow_run_name="data")

@@ -82,6 +82,32 @@ class DownloadConfig:
 
 
 @dataclass(frozen=True)
+class ScoreConfig:
+    """Which scores are computed from the downloaded pictures, where the list lacks them."""
+
+    aesthetic: str  # a V1 linear or V2 MLP head on `clip`'s embeddings; "": not computed
+    watermark: str  # a detector made by data_pipeline.watermark_model; "": not computed
+    unsafe: str  # a head of the same forms whose output is a logit; "": not computed
+    similarity: bool  # of picture and caption, by `clip`
+    clip: str  # open_clip:<arch>:<weights>, clip:<folder or hub id>, or a folder; "" where nothing needs it
+    replace: bool  # true: instead of the list's scores, not only where it has none
+    batch_size: Count
+    distributor: Literal["local", "ray"]  # ray: Ray Data, one set of models in each worker, on GPUs if there are any
+    workers: Count  # of ray
+
+    @property
+    def computed(self) -> tuple[str, ...]:
+        """The scores that are computed, by their names in data_pipeline/schema.py."""
+        wanted = {name: getattr(self, name) for name in ("similarity", "unsafe", "watermark", "aesthetic")}
+        return tuple(name for name, value in wanted.items() if value)
+
+    def __post_init__(self) -> None:
+        needing = [name for name in self.computed if name != "watermark"]
+        if needing and not self.clip:
+            raise ValueError(f"clip: got '', expected a CLIP: {', '.join(needing)} are computed from its embeddings")
+
+
+@dataclass(frozen=True)
 class FilterConfig:
     """Which downloaded pictures are kept. Thresholds as in the paper: aesthetic >= 4.7 on the V2 scale."""
 
@@ -92,6 +118,8 @@ class FilterConfig:
     min_side_px: NonNegative
     max_aspect_ratio: Annotated[float, Range(1)]
     missing_score: Literal["drop", "keep"]  # a null score is no evidence
+    near_duplicate_bits: Annotated[int, Range(0, 15)]  # of 64 of a perceptual hash that may differ; 0: not looked for
+    evaluation_pictures: str  # a folder: pictures that look like one in it are left out; "": none
     opt_out: str  # a text file of urls, domains and hashes that are left out (data_pipeline/opt_out.py); "": none
 
 
@@ -317,6 +345,7 @@ class Config:
     source: SourceConfig
     select: SelectConfig
     download: DownloadConfig
+    score: ScoreConfig
     filter: FilterConfig
     captions: CaptionsConfig
     picture: PictureConfig

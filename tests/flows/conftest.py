@@ -1,4 +1,4 @@
-"""A toy workspace: the twelve stages of the pipeline as one-line scripts, run by the real DVC and the real flows."""
+"""A toy workspace: the thirteen stages of the pipeline as one-line scripts, run by the real DVC and the real flows."""
 
 from __future__ import annotations
 

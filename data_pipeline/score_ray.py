@@ -1,0 +1,62 @@
+"""Shards scored by Ray Data: a pool of actors, each with one set of models, on GPUs where there are any.
+
+A row of the data set is a shard, so that what travels is a path and an actor reads its tar from the disk that all nodes
+see. Files are the same as without Ray, because `score_shard` writes them.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_pipeline.score import Task, score_shard
+from raphael.stage import StageError
+from raphael.train.ray_trainer import Cluster, prepare_environment, reason, start, stop
+
+if TYPE_CHECKING:
+    from raphael.config import ScoreConfig
+
+
+class ShardScorer:
+    """What an actor is: models loaded once, then shard after shard."""
+
+    def __init__(self, settings: ScoreConfig):
+        from data_pipeline.scoring import Scorer
+
+        self.scorer, self.batch_size = Scorer(settings), settings.batch_size
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        return {"done": [str(score_shard(self.scorer, self.batch_size, task)) for task in batch["task"]]}
+
+
+def score_on_ray(settings: ScoreConfig, tasks: list[Task]) -> Iterator[Path]:
+    """Each finished file as it comes. Raises StageError, an actor's own line. Ray ends with it, also on Ctrl-C."""
+    prepare_environment()
+    import ray
+    import torch
+
+    use_gpu = torch.cuda.is_available()
+    with tempfile.TemporaryDirectory() as storage:
+        try:
+            start(Cluster(settings.workers, use_gpu, f"score-{os.getpid()}", Path(storage)))
+            context = ray.data.DataContext.get_current()
+            context.enable_progress_bars = False
+            context.max_errored_blocks = 0
+            shards = ray.data.from_items([{"task": task} for task in tasks], override_num_blocks=len(tasks))
+            scored = shards.map_batches(
+                ShardScorer,
+                fn_constructor_args=(settings,),
+                batch_size=1,
+                num_cpus=1,
+                num_gpus=1 if use_gpu else 0,
+                compute=ray.data.ActorPoolStrategy(size=settings.workers),
+            )
+            for row in scored.iter_rows():
+                yield Path(row["done"])
+        except ray.exceptions.RayError as error:
+            raise StageError(f"score: {reason(error)}") from None
+        finally:
+            stop()
