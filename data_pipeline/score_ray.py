@@ -6,15 +6,13 @@ see. Files are the same as without Ray, because `score_shard` writes them.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.score import Task, score_shard
+from raphael.ray_cluster import prepare_environment, reason, start, stop
 from raphael.stage import StageError
-from raphael.train.ray_trainer import Cluster, prepare_environment, reason, start, stop
 
 if TYPE_CHECKING:
     from raphael.config import ScoreConfig
@@ -39,24 +37,23 @@ def score_on_ray(settings: ScoreConfig, tasks: list[Task]) -> Iterator[Path]:
     import torch
 
     use_gpu = torch.cuda.is_available()
-    with tempfile.TemporaryDirectory() as storage:
-        try:
-            start(Cluster(settings.workers, use_gpu, f"score-{os.getpid()}", Path(storage)))
-            context = ray.data.DataContext.get_current()
-            context.enable_progress_bars = False
-            context.max_errored_blocks = 0
-            shards = ray.data.from_items([{"task": task} for task in tasks], override_num_blocks=len(tasks))
-            scored = shards.map_batches(
-                ShardScorer,
-                fn_constructor_args=(settings,),
-                batch_size=1,
-                num_cpus=1,
-                num_gpus=1 if use_gpu else 0,
-                compute=ray.data.ActorPoolStrategy(size=settings.workers),
-            )
-            for row in scored.iter_rows():
-                yield Path(row["done"])
-        except ray.exceptions.RayError as error:
-            raise StageError(f"score: {reason(error)}") from None
-        finally:
-            stop()
+    try:
+        start(settings.workers, "set score.distributor to local")
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.max_errored_blocks = 0
+        shards = ray.data.from_items([{"task": task} for task in tasks], override_num_blocks=len(tasks))
+        scored = shards.map_batches(
+            ShardScorer,
+            fn_constructor_args=(settings,),
+            batch_size=1,
+            num_cpus=1,
+            num_gpus=1 if use_gpu else 0,
+            compute=ray.data.ActorPoolStrategy(size=settings.workers),
+        )
+        for row in scored.iter_rows():
+            yield Path(row["done"])
+    except ray.exceptions.RayError as error:
+        raise StageError(f"score: {reason(error)}") from None
+    finally:
+        stop()

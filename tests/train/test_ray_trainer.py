@@ -11,9 +11,10 @@ from truth import ray_toy
 from truth.toy_training import LOOP, ToyData, ToyObjective
 
 from raphael.checkpoint import CheckpointHome
+from raphael.ray_cluster import prepare_environment, reason
 from raphael.stage import StageError
 from raphael.train.loop import train
-from raphael.train.ray_trainer import Cluster, fit, prepare_environment, reason, threads_per_worker
+from raphael.train.ray_trainer import Cluster, fit, threads_per_worker
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,7 +60,7 @@ def test_every_process_has_a_token_of_its_own():
     own = os.environ.pop("RAY_AUTH_TOKEN")
     prepare_environment()
     assert os.environ["RAY_AUTH_TOKEN"] == own  # Ray keeps the first that it has read
-    code = "import os, raphael.train.ray_trainer as r; r.prepare_environment(); print(os.environ['RAY_AUTH_TOKEN'])"
+    code = "import os, raphael.ray_cluster as r; r.prepare_environment(); print(os.environ['RAY_AUTH_TOKEN'])"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert len(own) == len(other) == 64 and own != other
 
@@ -93,7 +94,7 @@ def test_the_limits_of_the_settings_reach_ray(monkeypatch, tmp_path):
             pass
 
     monkeypatch.setattr(ray.train.torch, "TorchTrainer", Trainer)
-    monkeypatch.setattr(ray_trainer, "start", lambda cluster: None)
+    monkeypatch.setattr(ray_trainer, "start", lambda workers, without: None)
     monkeypatch.setattr(ray_trainer, "stop", lambda: None)
     fit(ray_toy.work, {}, Cluster(2, False, "x", tmp_path, max_failures=5, timeout_s=77.4))
     assert seen["run_config"].failure_config.max_failures == 5
