@@ -1,7 +1,7 @@
 """How fast encoded records come, shuffled, against webdataset with the very same records.
 
 A record: moments (8, 32, 32) float16, 77 token ids int32, an edge map (32, 32) uint8; 17.7 kB. Ours goes through all
-records in a random order, in batches, every shard compared with its sha256 inside the timed run. webdataset reads tars
+records in a random order, in batches, every shard compared with its hash inside the timed run. webdataset reads tars
 of the same arrays as .npy in order, and mixes them in a buffer, as it is meant to: its order is less random than ours.
 Both hand over batches of numpy arrays in one process; both read files that were just written, so from memory. The
 seconds compared are the processor's: both use one thread, and on a busy machine they say more than the clock's.

@@ -1,3 +1,4 @@
+import json
 import random
 
 import numpy as np
@@ -138,15 +139,26 @@ def test_one_flipped_bit_anywhere_is_found_before_the_record_is_used_and_names_i
 
 
 def test_a_shard_is_hashed_when_it_is_first_read_and_not_again(tmp_path, monkeypatch):
-    from raphael import manifest
-
     make_buckets(tmp_path)
     records, hashed = Records(tmp_path), []
-    real = manifest.file_sha256
-    monkeypatch.setattr(manifest, "file_sha256", lambda path: hashed.append(path.name) or real(path))
+    real = Records._compare
+    monkeypatch.setattr(Records, "_compare", lambda self, file, data: hashed.append(file) or real(self, file, data))
     for order in ([10, 11], [13, 10], [12, 18]):
         records.batch(order)
     assert hashed == [f"16x24.0000{shard}.{name}.bin" for shard in (1, 3) for name in sorted(FIELDS)]
+
+
+def test_the_manifest_has_both_hashes_of_every_shard(tmp_path):
+    import hashlib
+
+    import xxhash
+
+    make_buckets(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    shards = {path.name: path.read_bytes() for path in tmp_path.glob("*.bin")}
+    assert manifest["facts"]["xxh3_128"] == {name: xxhash.xxh3_128_hexdigest(data) for name, data in shards.items()}
+    for name, data in shards.items():
+        assert manifest["files"][name] == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def test_without_hashes_sizes_are_compared_still(tmp_path):

@@ -91,24 +91,20 @@ def test_the_losses_of_a_batch_have_the_same_names_and_shapes_in_every_bucket(jo
 def test_two_workers_whose_steps_change_shape_train_what_one_trains(job, tmp_path):
     root = job.folders.records.parents[1]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-
-    def world(size):
-        script = [sys.executable, bucket_training.__file__, str(root), str(tmp_path / str(size))]
-        workers = [
-            subprocess.Popen([*script, str(rank), str(size)], env=environment, stderr=subprocess.PIPE, text=True)
-            for rank in range(size)
-        ]
-        for worker in workers:
-            _, error = worker.communicate(timeout=600)
-            assert worker.returncode == 0, error
-        groups, meta = CheckpointHome(tmp_path / str(size)).newest()
-        return groups["model"], meta["history"]
-
-    (one, history), (two, other) = world(1), world(2)
-    for point, second in zip(history, other, strict=True):
-        assert second == pytest.approx(point, rel=1e-3, abs=1e-4)
-    for name, weights in one.items():
-        torch.testing.assert_close(two[name], weights, rtol=1e-3, atol=1e-4)
+    script = [sys.executable, bucket_training.__file__, str(root), str(tmp_path / "two")]
+    workers = [
+        subprocess.Popen([*script, str(rank), "2"], env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    one, _ = run(job, tmp_path / "one")
+    for worker in workers:
+        _, error = worker.communicate(timeout=540)
+        assert worker.returncode == 0, error
+    groups, meta = CheckpointHome(tmp_path / "two").newest()
+    for point, expected in zip(meta["history"], one["history"], strict=True):
+        assert point == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    for name, weights in one["ema"].items():
+        torch.testing.assert_close(groups["ema"][name], weights, rtol=1e-3, atol=1e-4)
 
 
 def test_it_draws_at_every_size_and_in_training_at_the_first(job):
