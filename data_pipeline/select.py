@@ -1,17 +1,20 @@
 """From a release's metadata to the links worth a request: data/source/metadata.parquet ->
 data/selected/links.parquet.
 
-The rows are streamed in batches; the search for duplicates spills to disk (data_pipeline/duplicates.py). A row is
-dropped by the first rule that marks it, so the counts by reason are exclusive and add up.
+The rows are streamed in batches (data_pipeline/tables.py); the search for duplicates spills to disk
+(data_pipeline/duplicates.py). Texts are decoded only where the footer leaves a row group some hope, and looked at only
+where the numbers let a row pass. A row is dropped by the first rule that marks it, so the counts by reason are
+exclusive and add up.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_pipeline.duplicates import Keep, UrlPartitions
+from data_pipeline.duplicates import UrlPartitions
 from data_pipeline.opt_out import OptOut
 from data_pipeline.rules import Rule, apply, score_rules
 from data_pipeline.schema import (
@@ -23,12 +26,16 @@ from data_pipeline.schema import (
     LINK_COLUMNS,
     MD5,
     SCORES,
+    SIMILARITY,
+    UNSAFE,
     URL,
+    WATERMARK,
     WIDTH,
     Columns,
     find_columns,
 )
-from raphael.stage import Stage, StageError, main
+from data_pipeline.tables import Behind, GroupWriter, Statistics, ahead, batches, open_parquet
+from raphael.stage import Progress, Stage, StageError, main
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,29 +52,20 @@ URL_PATTERN = r"(?i)^https?://[^\s/?#\\@]+([/?#]|$)"
 
 
 def run(config: Config, stage: Stage) -> None:
-    import pyarrow.parquet as pq
-
     file = open_parquet(METADATA)
     try:
         columns = find_columns(file.schema_arrow.names)
     except ValueError as error:
         raise StageError(f"{METADATA}: {error}; add the release's spelling to data_pipeline/schema.py") from None
     _refuse_useless_columns(config, columns)
+    statistics = Statistics(file.metadata)
+    _refuse_useless_scores(config, columns, *_said(statistics, columns))
     opt_out = OptOut.read(config.filter.opt_out)
     work = stage.workdir(METADATA, repr(config.select), repr(config.filter), repr(config.score), opt_out.fingerprint)
     stream = _Stream(config, columns, opt_out)
-    shutil.rmtree(work / "urls", ignore_errors=True)  # of a killed run
-    partitions = UrlPartitions(work / "urls", file.metadata.num_rows)
-    wanted = sorted(set(columns.found.values()), key=file.schema_arrow.names.index)
-    writer = pq.ParquetWriter(work / "candidates", link_schema())
-    with stage.progress(file.metadata.num_rows, "rows") as bar, writer:
-        for batch in file.iter_batches(batch_size=config.select.chunk_rows, columns=wanted):
-            links = stream.judge(batch)
-            partitions.add(links)
-            writer.write_table(links)
-            bar.update(len(batch), kept=stream.kept)
-    _refuse_useless_scores(config, columns, stream)
-    kept = _without_duplicates(work / "candidates", work / "links.parquet", partitions, stream)
+    with stage.progress(file.metadata.num_rows, "rows") as bar:
+        kept = _stream_rows(file, statistics, stream, work, bar)
+    _refuse_useless_scores(config, columns, stream.low, stream.all_null())
     if not kept:
         raise StageError(f"no row of {stream.total:,} is left ({stream.dropped}); loosen select in {config.file}")
     stage.publish(work / "links.parquet", LINKS)
@@ -85,18 +83,47 @@ def run(config: Config, stage: Stage) -> None:
     )
 
 
-def open_parquet(path: Path):
-    """A pyarrow ParquetFile. Raises StageError, one line, where the file is missing or no parquet."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def _stream_rows(file, statistics: Statistics, stream: _Stream, work: Path, bar: Progress) -> int:
+    """All rows through the rules, and where wanted the search for duplicates, into work/links.parquet: reading, judging
+    and writing beside each other. Returns the rows kept."""
+    config, columns = stream.config, stream.columns
+    few, wanted = stream.columns_read()
+    shutil.rmtree(work / "urls", ignore_errors=True)  # of a killed run
+    rows = config.select.chunk_rows
+    read = ahead(batches(file, rows, wanted, few, lambda group: _is_hopeless(config, columns, statistics, group)))
+    if not config.select.unique_urls:
+        with link_writer(work / "links.parquet") as writer, Behind(writer.write) as later:
+            _judge_all(read, stream, later, bar)
+        return stream.kept
+    partitions = UrlPartitions(work / "urls", file.metadata.num_rows)
+    with _candidates(work / "candidates") as writer:
 
-    try:
-        return pq.ParquetFile(path)
-    except FileNotFoundError:
-        raise StageError(f"{path}: no such file; run the stage that makes it (dvc repro)") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        detail = " ".join(str(error).split())
-        raise StageError(f"{path}: not a readable parquet file ({detail}); make it again") from None
+        def spill(links: pa.Table) -> None:
+            partitions.add(links)
+            writer.write_table(links)
+
+        with Behind(spill) as later:
+            _judge_all(read, stream, later, bar)
+    return _without_duplicates(work, partitions, stream)
+
+
+def _judge_all(read: Iterable[pa.RecordBatch], stream: _Stream, later: Behind, bar: Progress) -> None:
+    for batch in read:
+        links = stream.judge(batch)
+        if len(links):
+            later(links)
+        bar.update(len(batch), kept=stream.kept)
+
+
+def link_writer(path: Path) -> GroupWriter:
+    return GroupWriter(path, link_schema(), dictionary=[WIDTH, HEIGHT])
+
+
+def _candidates(path: Path):
+    """Rows between two passes: Arrow's own format, which costs a tenth of parquet's."""
+    import pyarrow as pa
+
+    return pa.ipc.new_file(str(path), link_schema(), options=pa.ipc.IpcWriteOptions(compression="lz4"))
 
 
 def link_schema() -> pa.Schema:
@@ -113,6 +140,7 @@ class _Stream:
         self.config = config
         self.opt_out = opt_out
         self.columns = columns
+        self.number_rules = score_rules(config.filter, config.score.computed) if config.select.score_rules else []
         self.total = 0
         self.kept = 0
         self.dropped: dict[str, int] = {}
@@ -120,40 +148,57 @@ class _Stream:
         self.high: dict[str, float] = {}
         self.nulls = dict.fromkeys(SCORES, 0)
 
+    def columns_read(self) -> tuple[list[str], list[str]]:
+        """(the columns of numbers, all columns that some rule or links.parquet needs), in the release's spelling."""
+        numbers = [self.columns[part] for part in (WIDTH, HEIGHT, *SCORES) if part in self.columns]
+        texts = [URL, CAPTION]
+        texts += [LANGUAGE] if self.config.select.languages else []
+        texts += [MD5] if self.opt_out.md5 and MD5 in self.columns else []
+        return numbers, list(dict.fromkeys([*numbers, *(self.columns[part] for part in texts)]))
+
+    def all_null(self) -> list[str]:
+        return [score for score in SCORES if self.total and self.nulls[score] == self.total]
+
     def judge(self, batch: pa.RecordBatch) -> pa.Table:
-        """The batch's surviving rows as links."""
+        """The batch's surviving rows as links. Numbers first: texts are looked at where they alone still decide."""
         import numpy as np
         import pyarrow as pa
 
         rows = len(batch)
-        texts = {part: self._text(batch, part) for part in (URL, CAPTION, LANGUAGE, MD5)}
         numbers = {part: self._number(batch, part) for part in (WIDTH, HEIGHT, *SCORES)}
         self._observe(numbers)
-        rules = self._link_rules(texts)
-        if self.config.select.score_rules:
-            rules += score_rules(self.config.filter, self.config.score.computed)
         judged = numbers
         if self.config.score.replace:  # the list's own will not count
             judged = numbers | {score: np.full(rows, np.nan) for score in self.config.score.computed}
-        alive = apply(rules, judged, np.ones(rows, bool), self.dropped)
+        alive = apply(self.number_rules, judged, np.ones(rows, bool), self.dropped)
+        chosen = np.flatnonzero(alive)
+        if len(chosen) and self.columns[URL] not in batch.schema.names:
+            raise StageError(
+                f"{METADATA}: the footer's lowest and highest scores are not those of its rows; write it anew"
+            )
+        texts = {part: self._text(batch, part, chosen) for part in (URL, CAPTION, LANGUAGE, MD5)}
         arrays = {
-            ID: pa.array(np.arange(self.total, self.total + rows, dtype=np.int64)),
+            ID: pa.array(chosen + self.total),
             URL: texts[URL],
             CAPTION: texts[CAPTION],
-            **{part: pa.array(values, from_pandas=True) for part, values in numbers.items()},
+            **{part: pa.array(values[chosen], from_pandas=True) for part, values in numbers.items()},
         }
         self.total += rows
-        self.kept += int(alive.sum())
-        table = pa.table([arrays[name] for name in LINK_COLUMNS], names=list(LINK_COLUMNS)).filter(pa.array(alive))
+        alive = apply(self._link_rules(texts), numbers, np.ones(len(chosen), bool), self.dropped)
+        table = pa.table([arrays[name] for name in LINK_COLUMNS], names=list(LINK_COLUMNS))
+        if not alive.all():
+            table = table.filter(pa.array(alive))
+        self.kept += len(table)
         return table.cast(link_schema(), safe=False)
 
-    def _text(self, batch: pa.RecordBatch, part: str) -> pa.Array:
+    def _text(self, batch: pa.RecordBatch, part: str, chosen: np.ndarray) -> pa.Array:
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        if part not in self.columns:
-            return pa.nulls(len(batch), pa.string())
+        if part not in self.columns or self.columns[part] not in batch.schema.names:  # nobody asks, or no row is left
+            return pa.nulls(len(chosen), pa.string())
         values = batch.column(batch.schema.get_field_index(self.columns[part]))
+        values = values if len(chosen) == len(batch) else values.take(pa.array(chosen))
         try:
             values = pc.cast(values, pa.string())
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
@@ -216,24 +261,52 @@ class _Stream:
         return rules
 
 
-def _without_duplicates(candidates: Path, out: Path, partitions: UrlPartitions, stream: _Stream) -> int:
+def _without_duplicates(work: Path, partitions: UrlPartitions, stream: _Stream) -> int:
     """Keep the first row of each url among those that passed everything else (a duplicate of a dropped row is none).
 
     Returns the rows kept.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    drop, counts = partitions.drop()
+    masks, counts = partitions.drop()
     stream.dropped |= counts
-    file, rows = pq.ParquetFile(candidates), stream.config.select.chunk_rows
-    kept, masks = 0, Keep(drop)
-    with pq.ParquetWriter(out, link_schema(), compression="zstd") as writer:
-        for batch in file.iter_batches(batch_size=rows):
-            keep = masks.next(len(batch))
-            writer.write_table(pa.Table.from_batches([batch]).filter(pa.array(keep)))
+
+    def pieces() -> Iterator[pa.Table]:
+        with pa.OSFile(str(work / "candidates")) as source:
+            reader = pa.ipc.open_file(source)
+            for number in range(reader.num_record_batches):
+                yield pa.Table.from_batches([reader.get_batch(number)])
+
+    kept = 0
+    with link_writer(work / "links.parquet") as writer, Behind(writer.write) as later:
+        for table in ahead(pieces()):
+            keep = masks.next(len(table))
+            later(table.filter(pa.array(keep)))
             kept += int(keep.sum())
     return kept
+
+
+def _is_hopeless(config: Config, columns: Columns, statistics: Statistics, group: int) -> bool:
+    """Whether the footer proves that no row of a row group passes the scores: its texts are then never decoded.
+
+    Only where a missing score drops its row: nulls and NaN are in no footer's range.
+    """
+    rules = config.filter
+    if not config.select.score_rules or rules.missing_score != "drop":
+        return False
+    never = {
+        AESTHETIC: lambda low, high: high < rules.min_aesthetic,
+        WATERMARK: lambda low, high: low >= rules.max_watermark,
+        UNSAFE: lambda low, high: low >= rules.max_unsafe,
+        SIMILARITY: lambda low, high: high < rules.min_similarity,
+    }
+    for score, drops_all in never.items():
+        if score in config.score.computed:  # a null may get one later, or the list's own will not count
+            continue
+        pair = statistics.low_high(group, columns[score]) if score in columns else None
+        if pair is not None and drops_all(*pair):
+            return True
+    return False
 
 
 def _refuse_useless_columns(config: Config, columns: Columns) -> None:
@@ -247,8 +320,16 @@ def _refuse_useless_columns(config: Config, columns: Columns) -> None:
         raise StageError(f"{METADATA}: no column for the language but select.languages is set; set it to []")
 
 
-def _refuse_useless_scores(config: Config, columns: Columns, stream: _Stream) -> None:
-    low = stream.low.get(AESTHETIC)
+def _said(statistics: Statistics, columns: Columns) -> tuple[dict[str, float], list[str]]:
+    """(the lowest value of each score, the scores that are null throughout), as far as the footer says."""
+    lows = {score: statistics.lowest(columns[score]) for score in SCORES if score in columns}
+    empty = [score for score in SCORES if score not in columns or statistics.is_null(columns[score])]
+    return {score: low for score, low in lows.items() if low is not None}, empty
+
+
+def _refuse_useless_scores(config: Config, columns: Columns, lows: dict[str, float], empty: list[str]) -> None:
+    """Asked of the footer before a row is read, and of the rows themselves, since a footer need not say."""
+    low = lows.get(AESTHETIC)
     own = config.score.replace and AESTHETIC in config.score.computed
     if low is not None and low > config.filter.min_aesthetic and not own:
         raise StageError(
@@ -256,13 +337,12 @@ def _refuse_useless_scores(config: Config, columns: Columns, stream: _Stream) ->
             f"{config.filter.min_aesthetic:g}: the filter would drop nothing, as with a V1 score or a list that was "
             "filtered before; set filter.min_aesthetic to at least that"
         )
-    if config.filter.missing_score == "drop":
-        for score in SCORES:
-            if stream.total and stream.nulls[score] == stream.total and score not in config.score.computed:
-                raise StageError(
-                    f"{METADATA}: no row has a {score} score and filter.missing_score is drop: nothing would be kept; "
-                    "set filter.missing_score: keep, use a release that has the score, or compute it (score)"
-                )
+    empty = [score for score in empty if score not in config.score.computed]
+    if config.filter.missing_score == "drop" and empty:
+        raise StageError(
+            f"{METADATA}: no row has a {empty[0]} score and filter.missing_score is drop: nothing would be kept; "
+            "set filter.missing_score: keep, use a release that has the score, or compute it (score)"
+        )
 
 
 if __name__ == "__main__":

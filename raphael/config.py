@@ -55,6 +55,7 @@ class SelectConfig:
     min_caption_chars: NonNegative
     max_caption_chars: Count
     languages: tuple[str, ...]  # empty: any
+    unique_urls: bool  # the first row of each url alone
     chunk_rows: Count  # memory bound of the stream
 
 

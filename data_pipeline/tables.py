@@ -1,0 +1,172 @@
+"""Parquet tables of any size: only what is needed is decoded, and memory is that of a few batches.
+
+Addresses are paths of this machine or anything fsspec knows (`hf://`, `s3://`, `https://`, `memory://`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raphael.stage import StageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# Without it pyarrow takes a row group's column into memory whole, and foreign files have row groups of gigabytes.
+BUFFER_BYTES, REMOTE_BUFFER_BYTES = 1 << 20, 8 << 20  # of each column that is read at a time
+GROUP_ROWS = 131_072  # a row group of the tables that we write
+
+
+def is_remote(address: str | Path) -> bool:
+    return "://" in str(address)
+
+
+def open_file(address: str | Path):
+    """The bytes at an address, to read from, in binary."""
+    if not is_remote(address):
+        return open(address, "rb")
+    import fsspec
+
+    return fsspec.open(str(address), "rb", block_size=REMOTE_BUFFER_BYTES).open()
+
+
+def open_parquet(address: str | Path):
+    """A pyarrow ParquetFile. Raises StageError, one line, where the file is missing or no parquet."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    size = REMOTE_BUFFER_BYTES if is_remote(address) else BUFFER_BYTES
+    try:
+        return pq.ParquetFile(open_file(address) if is_remote(address) else address, buffer_size=size)
+    except FileNotFoundError:
+        raise StageError(f"{address}: no such file; run the stage that makes it (dvc repro)") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        detail = " ".join(str(error).split())
+        raise StageError(f"{address}: not a readable parquet file ({detail}); make it again") from None
+    except (ImportError, ValueError) as error:  # fsspec: no such protocol, or its package is not installed
+        raise StageError(f"{address}: {' '.join(str(error).split())}") from None
+
+
+class Statistics:
+    """What a file's footer says about its row groups: lowest, highest and nulls of a column."""
+
+    def __init__(self, metadata):
+        self.metadata = metadata
+        first = metadata.row_group(0) if metadata.num_row_groups else None
+        self.places = {first.column(i).path_in_schema: i for i in range(first.num_columns)} if first else {}
+
+    def low_high(self, group: int, column: str) -> tuple[float, float] | None:
+        """(lowest, highest) of a column of numbers in a row group, nulls and NaN aside; None where it is not said."""
+        said = self._of(group, column)
+        if said is None or not said.has_min_max or not isinstance(said.min, int | float):
+            return None
+        return float(said.min), float(said.max)
+
+    def nulls(self, group: int, column: str) -> int | None:
+        said = self._of(group, column)
+        return said.null_count if said is not None and said.has_null_count else None
+
+    def lowest(self, column: str) -> float | None:
+        """The lowest value of the whole file; None where one row group does not say, or all of them are null."""
+        lows = []
+        for group in range(self.metadata.num_row_groups):
+            rows = self.metadata.row_group(group).num_rows
+            if rows and self.nulls(group, column) != rows:
+                pair = self.low_high(group, column)
+                if pair is None or pair[0] != pair[0]:
+                    return None
+                lows.append(pair[0])
+        return min(lows, default=None)
+
+    def is_null(self, column: str) -> bool:
+        """Whether the footer says that the whole column is null."""
+        groups = range(self.metadata.num_row_groups)
+        said = [self.nulls(group, column) == self.metadata.row_group(group).num_rows for group in groups]
+        return bool(said) and all(said)
+
+    def _of(self, group: int, column: str):
+        if column not in self.places:
+            return None
+        return self.metadata.row_group(group).column(self.places[column]).statistics
+
+
+def batches(
+    file, rows: int, columns: list[str], few: list[str], is_hopeless: Callable[[int], bool]
+) -> Iterator[pa.RecordBatch]:
+    """Batches of at most `rows` rows in the file's order: `columns`, but only `few` of a row group that is hopeless."""
+    for group in range(file.metadata.num_row_groups):
+        wanted = few if is_hopeless(group) else columns
+        yield from file.iter_batches(batch_size=rows, row_groups=[group], columns=wanted)
+
+
+def ahead(items: Iterable[Any]) -> Iterator[Any]:
+    """The items in their order, the next one being made by a thread while this one is worked on."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1, "ahead") as pool:
+        upcoming = pool.submit(next, iterator, end)
+        while (item := upcoming.result()) is not end:
+            upcoming = pool.submit(next, iterator, end)
+            yield item
+
+
+class Behind:
+    """`with Behind(function) as later: later(item)`: calls one after the other in a thread, one waiting at most.
+
+    An error of a call is raised by the next one, or at the end.
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function = function
+        self.pool = ThreadPoolExecutor(1, "behind")
+        self.last: Future | None = None
+
+    def __call__(self, *items: Any) -> None:
+        if self.last is not None:
+            self.last.result()
+        self.last = self.pool.submit(self.function, *items)
+
+    def __enter__(self) -> Behind:
+        return self
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        self.pool.shutdown(wait=True)
+        if kind is None and self.last is not None:
+            self.last.result()
+
+
+class GroupWriter:
+    """A parquet file whose row groups have GROUP_ROWS rows, however the rows arrive: equal rows give equal bytes."""
+
+    def __init__(self, path: Path, schema: pa.Schema, dictionary: list[str]):
+        """dictionary: columns of few distinct values. For the others the attempt costs a third of the writing."""
+        import pyarrow.parquet as pq
+
+        self.schema = schema
+        self.writer = pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=dictionary)
+        self.waiting: list[pa.Table] = []
+        self.rows = 0
+
+    def write(self, table: pa.Table) -> None:
+        import pyarrow as pa
+
+        self.waiting.append(table)
+        self.rows += len(table)
+        if self.rows >= GROUP_ROWS:
+            joined = pa.concat_tables(self.waiting)
+            while len(joined) >= GROUP_ROWS:
+                self.writer.write_table(joined.slice(0, GROUP_ROWS), row_group_size=GROUP_ROWS)
+                joined = joined.slice(GROUP_ROWS)
+            self.waiting, self.rows = [joined], len(joined)
+
+    def __enter__(self) -> GroupWriter:
+        return self
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        import pyarrow as pa
+
+        if kind is None and self.rows:
+            self.writer.write_table(pa.concat_tables(self.waiting), row_group_size=GROUP_ROWS)
+        self.writer.close()
