@@ -42,15 +42,23 @@ def text_hashes(texts: pa.Array) -> np.ndarray:
     if len(data) > 8:
         data[:-8] = np.frombuffer(content, np.uint8)[ends[0] : ends[-1]]
     words = np.ndarray((len(data) - 7,), "<u8", data, strides=(1,))  # one begins at every byte
-    part = np.array([2 ** (8 * size) - 1 for size in range(9)], np.uint64)  # a last word is read only so far
-    at, left = ends[:-1] - ends[0], np.diff(ends)
-    hashes = left.astype(np.uint64) * factor
-    rows = np.arange(len(texts))
-    while len(rows):
-        mixed = (hashes[rows] ^ words[at] & part[np.minimum(left, 8)]) * factor
-        hashes[rows] = mixed ^ mixed >> shift
-        longer = left > 8
-        rows, at, left = rows[longer], at[longer] + 8, left[longer] - 8
+    sizes = np.diff(ends)
+    order = np.argsort(sizes if sizes.max(initial=0) > 65535 else sizes.astype(np.uint16), kind="stable")[::-1]
+    at, left = (ends[:-1] - ends[0])[order], sizes[order]  # longest first: rows with a word left are the first `some`
+    mixed = left.astype(np.uint64) * factor
+    some = len(left)
+    while some := int(np.searchsorted(-left[:some], 0)):
+        word = words[at[:some]]
+        whole = int(np.searchsorted(-left[:some], -7))
+        word[whole:] &= (np.uint64(1) << (8 * left[whole:some]).astype(np.uint64)) - np.uint64(1)
+        word ^= mixed[:some]
+        word *= factor
+        word ^= word >> shift
+        mixed[:some] = word
+        at[:some] += 8
+        left[:some] -= 8
+    hashes = np.empty_like(mixed)
+    hashes[order] = mixed
     return hashes ^ hashes >> np.uint64(29)
 
 

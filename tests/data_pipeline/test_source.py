@@ -293,3 +293,18 @@ def test_a_line_that_is_no_json_object_is_one_clear_line(tmp_path, project):
     (tmp_path / "list.jsonl").write_text('{"url": "http://a.example/1", "text": "a cat"}\n[1]\n')
     with pytest.raises(StageError, match="list.jsonl: got a line that is no JSON object"):
         run(settings(project, kind="jsonl", path=str(tmp_path / "list.jsonl")), tmp_path / "w")
+
+
+def test_a_list_may_lie_at_any_address_that_fsspec_knows(tmp_path, project):
+    import fsspec
+
+    rows = [{"URL": f"http://a.example/{number}", "TEXT": f"caption {number}"} for number in range(40)]
+    memory = fsspec.filesystem("memory")
+    for part in range(2):
+        with memory.open(f"/lists/part-{part}.parquet", "wb") as file:
+            pq.write_table(pa.Table.from_pylist(rows[20 * part : 20 * part + 20]), file)
+    for name, address in {"folder": "memory://lists", "pattern": "memory://lists/part-*.parquet"}.items():
+        run(settings(project, kind="parquet", path=address), tmp_path / name)
+        assert rows_of(tmp_path / name) == rows[:36]  # four are held out
+    with pytest.raises(StageError, match="source.path: nowhere://lists: "):
+        run(settings(project, kind="parquet", path="nowhere://lists"), tmp_path / "none")
