@@ -145,7 +145,7 @@ def test_the_short_cuts_give_what_the_rules_give(laion, coco, monkeypatch):
     texts = laion + coco[:2000] + [spoilt(text, rng) for text in laion[:1500]]
     with_short_cuts = [clean(text) for text in texts]
     always = tuple(caption_rules.Rule(rule.name, rule.apply) for rule in caption_rules.RULES)
-    monkeypatch.setattr(caption_rules, "RULES", always)
+    monkeypatch.setattr(caption_rules, "PLAN", caption_rules.Plan(always))
     monkeypatch.setattr(caption_rules, "_is_ordinary", lambda text: False)
     monkeypatch.setattr(caption_rules, "_SINGLE", frozenset())
     assert [clean(text) for text in texts] == with_short_cuts
