@@ -63,11 +63,15 @@ down:  ## stop exactly what `make up` started
 
 .PHONY: test
 test: setup  ## the tests (without those marked slow or gpu)
-	@pytest -m "not slow and not gpu"
+	@pytest -m "not slow and not gpu and not soak"
 
 .PHONY: test-all
 test-all: setup  ## every test that this machine can run
-	@pytest -m ""
+	@pytest -m "not soak"
+
+.PHONY: soak
+soak: setup  ## stages killed ten times each at random moments, and what comes out compared (half an hour)
+	@pytest -m soak
 
 .PHONY: lint
 lint: setup  ## ruff and the byte compiler over all code

@@ -208,9 +208,9 @@ RULES: tuple[Rule, ...] = (
     _rule("url", _LEAD + r"(?:(?:https?|ftp):/*|\bwww\.)[^\s<>\"')\]]*", words="http ftp: www."),
     _rule("url", r"\bhttps? t co \w+", words="http"),  # short links without their punctuation
     # a title with an ending: keep it
-    _rule("file name", rf"(?<=\w )([a-z]{{2,}})\.(?:{_PICTURE_FILE})(?=$)", r"\1", gate=_FILE_GATE),
-    _rule("file name", rf"[^\s\"'()<>\[\],|]*\.(?:{_PICTURE_FILE})(?!\w)", _file_words, gate=_FILE_GATE),
-    _rule("url", rf"{_LEAD}(?<![\w.@]){_BARE_DOMAIN}(?:/[^\s<>\"')\]]*)?(?:['’]s\b)?", gate=_DOMAIN_GATE),
+    _rule("file name", rf"(?<=\w )([a-z]{{2,}})\.(?:{_PICTURE_FILE})(?=$)", r"\1", chars=".", gate=_FILE_GATE),
+    _rule("file name", rf"[^\s\"'()<>\[\],|]*\.(?:{_PICTURE_FILE})(?!\w)", _file_words, chars=".", gate=_FILE_GATE),
+    _rule("url", rf"{_LEAD}(?<![\w.@]){_BARE_DOMAIN}(?:/[^\s<>\"')\]]*)?(?:['’]s\b)?", chars=".", gate=_DOMAIN_GATE),
     _rule("camera code", rf"\b{_CAMERA}\b", chars=_DIGITS, words="img dsc dcim pict mvi gopr pxl sam cimg"),
     _rule("file name", r"\b\w*_zps\w{6,}\b", words="_zps"),
     _rule("handle", _LEAD + r"(?<!\w)@\w[\w.]*(?:['’]s\b)?|@", chars="@"),
