@@ -43,6 +43,11 @@ def judged(case: str, ours: float, peer: float, unit: str, target: str = "") -> 
     return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in row.items()}
 
 
+def within(case: str, got: float, limit: float, unit: str) -> dict[str, Any]:
+    """A row of a summary for what has a limit of its own and no peer: the limit stands in the peer's place."""
+    return judged(f"{case}, beside its limit", got, limit, unit, "<= 1.0")
+
+
 def keep(name: str, rows: list[dict[str, Any]], summary: list[dict[str, Any]], **facts: Any) -> Path:
     """Write results/<name>-<device>-<yyyymm>.json and say where. summary: rows of `judged`, for the table of all."""
     here = {"benchmark": name, "measured": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}", **machine()}

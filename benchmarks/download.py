@@ -28,7 +28,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks._machine import keep
+from _machine import judged, keep, within
 
 PROJECT = Path(__file__).resolve().parent.parent
 COCO = PROJECT.parent / "shared" / "data" / "coco"
@@ -191,18 +191,14 @@ def main() -> None:
             peer_bomb = refused(port, picture, by_peer=True) if arguments.peer_bomb else {"ms": None, "grown_mb": None}
     print(f"{rows} {which}: {ours:.2f} ms of processor a picture through the gateway, {peer:.2f} ms bare")
     print(f"bomb: {ours_bomb['reason']} after {ours_bomb['ms']} ms, {ours_bomb['grown_mb']} MB more; peer {peer_bomb}")
-    lines = [("processor time per picture", ours, peer, "ms", ours / peer, 1.1)]
-    for case, unit, limit in (("bomb: time to refuse", "ms", 50), ("bomb: memory to refuse", "grown_mb", 64)):
-        theirs = peer_bomb[unit]
-        ratio = ours_bomb[unit] / theirs if theirs else None
-        lines.append((case, ours_bomb[unit], theirs, unit.replace("grown_mb", "MB"), ratio, limit))
-    names_of = ("case", "ours", "peer", "unit", "ratio", "target")
-    summary = [dict(zip(names_of, line)) for line in lines]
-    for line in summary:
-        line["met"] = (line["ratio"] if line is summary[0] else line["ours"]) <= line["target"]
+    summary = [
+        judged("processor time per picture; peer: img2dataset bare", ours, peer, "ms", "<= 1.1"),
+        within("bomb, time to refuse", ours_bomb["ms"], 50, "ms"),
+        within("bomb, memory to refuse", ours_bomb["grown_mb"], 64, "MB"),
+    ]
     if not arguments.quick:
         bombs = {"ours": ours_bomb, "img2dataset": peer_bomb}
-        keep("download", [{"ours_ms": a, "bare_ms": b} for a, b in turns], pictures=which, bombs=bombs, summary=summary)
+        keep("download", [{"ours_ms": a, "bare_ms": b} for a, b in turns], summary, pictures=which, bombs=bombs)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from _machine import keep
+from _machine import judged, keep, within
 
 from raphael.evaluate.feature_cache import embed_folder
 from raphael.evaluate.picture_folder import PictureFolder, Preparation
@@ -160,7 +160,17 @@ def main() -> None:
     for row in rows:
         print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
     if not arguments.quick:
-        keep("inception", rows, weights="random" if arguments.weights is None else arguments.weights.name)
+        features, whole, cached = rows
+        rates = features["ours_images_per_s"], features["torch_fidelity_images_per_s"]
+        summary = [
+            judged("Inception features; peer: torch-fidelity", *rates, "images/s", ">= 1.0"),
+            within("features, relative difference", features["relative_difference"], 1e-5, "share"),
+            judged("whole distance; peer: torch-fidelity", whole["ours_s"], whole["torch_fidelity_s"], "s", "<= 1.0"),
+            within("whole distance, relative difference", whole["relative_difference"], 1e-4, "share"),
+            judged("reference cached; peer: torch-fidelity, cached", cached["ours_s"], cached["torch_fidelity_s"], "s"),
+            judged("reference cached; peer: whole", cached["ours_s"], whole["torch_fidelity_s"], "s", "<= 0.55"),
+        ]
+        keep("inception", rows, summary, weights="random" if arguments.weights is None else arguments.weights.name)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from _machine import keep
+from _machine import judged, keep
 
 from raphael.randomness import permutation
 from raphael.records import EDGES, MOMENTS, TOKEN_IDS, Records, RecordWriter
@@ -139,7 +139,11 @@ def main() -> None:
     if len(sums) != 1:
         raise SystemExit(f"the readers did not read the same: {sums}")
     if not arguments.quick:
-        keep("records", rows, records=number, record_bytes=RECORD_BYTES, batch=BATCH)
+        rates = {row["who"]: row["records_per_s"] for row in rows}
+        peer = rates.pop(rows[0]["who"])
+        cases = [(who, ">= 25" if who == "ours" else "") for who in rates if who.startswith("ours")]
+        summary = [judged(f"{who}; peer: {rows[0]['who']}", rates[who], peer, "records/CPU s", t) for who, t in cases]
+        keep("records", rows, summary, records=number, record_bytes=RECORD_BYTES, batch=BATCH)
 
 
 if __name__ == "__main__":

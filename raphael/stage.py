@@ -50,6 +50,9 @@ class Stage:
         home = self.root / "work" / self.name
         path = home / digest
         path.mkdir(parents=True, exist_ok=True)
+        for folder in ("reports", "work/progress", "work/timings"):
+            for name in (self.root / folder).glob(f".{self.name}.json.*"):  # of a run killed while it wrote
+                name.unlink(missing_ok=True)
         for other in home.iterdir():
             if other != path:
                 shutil.rmtree(other) if other.is_dir() else other.unlink()

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -86,10 +87,10 @@ def content(root: Path, stage: str) -> dict[str, str]:
 
 
 def leftovers(root: Path) -> list[str]:
-    """Files that no finished run leaves: unfinished work, temporary names, progress of nobody."""
-    places = [*(root / "work").glob("*/*/**/*"), *root.rglob(".*.json.*"), *root.rglob("*.partial")]
-    kept = ("timings", "spaces", "source", "autoencoder", "clip")
-    return sorted({str(path.relative_to(root)) for path in places if path.relative_to(root).parts[1] not in kept})
+    """Files that no finished run leaves: unfinished work, temporary names, progress of nobody. The chunks of `encode`
+    stay on purpose: another number of references then costs nothing."""
+    places = [*(root / "work").glob("*/*/**/*"), *(root / "work/progress").glob("*"), *root.rglob(".*.json.*")]
+    return sorted({str(path.relative_to(root)) for path in places if not re.fullmatch(r"chunk_\d+\.npz", path.name)})
 
 
 def kill_at_random(project: Path, stage: str, root: Path, rng: random.Random, seconds: float) -> bool:
