@@ -23,7 +23,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-
 from _machine import judged, keep, within
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -112,7 +111,7 @@ def pyarrow_script(folder: Path, unique: bool) -> int:
         & (pc.field("punsafe") < rules.max_unsafe)
         & (pc.field("similarity") >= rules.min_similarity)
         & (short >= rules.min_side_px)
-        & (long.cast("float64") <= rules.max_aspect_ratio * short.cast("float64"))
+        & (long.cast("float64") <= short.cast("float64") * rules.max_aspect_ratio)
         & pc.match_substring_regex(pc.field("URL"), URL)
         & (chars >= lengths.min_caption_chars)
         & (chars <= lengths.max_caption_chars)
