@@ -31,8 +31,8 @@ READ_AHEAD = 8192  # row numbers of each partition in memory while merging
 
 
 def text_hashes(texts: pa.Array) -> np.ndarray:
-    """64-bit hashes of strings without nulls, uint64 (n,), by eight bytes of all of them at a time: 70 ns for a url of
-    50 bytes on one core, where a loop over Python strings takes 500."""
+    """64-bit hashes of strings without nulls, uint64 (n,), eight bytes of all of them at a time: about as dear as one
+    expression asked of each."""
     import numpy as np
 
     factor, shift = np.uint64(0x9E3779B97F4A7C15), np.uint64(32)
