@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import random
-import re
 import resource
 import shutil
 import signal
@@ -86,11 +85,19 @@ def content(root: Path, stage: str) -> dict[str, str]:
     return found
 
 
-def leftovers(root: Path) -> list[str]:
-    """Files that no finished run leaves: unfinished work, temporary names, progress of nobody. The chunks of `encode`
-    stay on purpose: another number of references then costs nothing."""
-    places = [*(root / "work").glob("*/*/**/*"), *(root / "work/progress").glob("*"), *root.rglob(".*.json.*")]
-    return sorted({str(path.relative_to(root)) for path in places if not re.fullmatch(r"chunk_\d+\.npz", path.name)})
+def leftovers(root: Path, undisturbed: Path) -> set[str]:
+    """Unfinished work, temporary names and progress of nobody, beyond what undisturbed runs keep on purpose (the chunks
+    of `encode`, the trainings' checkpoints)."""
+
+    def found(folder: Path) -> set[str]:
+        places = [
+            *(folder / "work").glob("*/*/**/*"),
+            *(folder / "work/progress").glob("*"),
+            *folder.rglob(".*.json.*"),
+        ]
+        return {path.relative_to(folder).as_posix() for path in places}
+
+    return found(root) - found(undisturbed)
 
 
 def kill_at_random(project: Path, stage: str, root: Path, rng: random.Random, seconds: float) -> bool:
@@ -119,7 +126,7 @@ def killed_and_finished(project, undisturbed, stage: str, target: Path, kills: i
     finish(project, stage, target)
     assert hits, "no run was killed"
     assert content(target, stage) == content(root, stage)
-    assert not leftovers(target)
+    assert not leftovers(target, root)
 
 
 @pytest.mark.slow
@@ -153,7 +160,7 @@ def test_a_full_disk_is_one_clear_line_and_the_same_command_goes_on(project, und
     assert not (tmp_path / "ws" / OUTPUTS[stage]).exists() or not any((tmp_path / "ws" / OUTPUTS[stage]).iterdir())
     finish(project, stage, tmp_path / "ws")
     assert content(tmp_path / "ws", stage) == content(root, stage)
-    assert not leftovers(tmp_path / "ws")
+    assert not leftovers(tmp_path / "ws", root)
 
 
 @pytest.mark.slow
@@ -190,4 +197,4 @@ def test_a_picture_server_that_is_dead_stops_the_download_and_the_next_run_fetch
     (target / "params.yaml").write_text(alive)
     finish(project, "download", target)
     assert content(target, "download") == content(root, "download")
-    assert not leftovers(target)
+    assert not leftovers(target, root)
