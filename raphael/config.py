@@ -177,14 +177,34 @@ class LoopConfig:
     max_bad_steps: Count  # so many bad steps in a row end the training; 1: the first. A bad step changes no weight
     spike_factor: Annotated[float, Range(0)]  # bad is also a loss above this many running medians; 0: off
     ema_decay: Annotated[float, Range(0, 0.999999)]  # 0: no average
+    ema_more_decays: tuple[Annotated[float, Range(0, 0.999999)], ...]  # further averages, exported as ema_<decay>
+    ema_start_images: NonNegative  # averages begin here, at the weights of then; until then they are the weights
+    ema_on_cpu: bool  # averages lie in main memory where the model is on a GPU
     precision: Literal["auto", "fp32", "bf16"]  # auto: bf16 where the processor multiplies it natively
     log_every_images: Count
     checkpoint_every_images: Count
-    sample_every_images: NonNegative  # 0: never
+    sample_every_images: NonNegative  # 0: never; else also at 0 and at the end
+    heldout_every_images: NonNegative  # measure the held-out loss; 0: never; else also at 0 and at the end
+
+    @property
+    def averages(self) -> dict[str, float]:
+        """Decay of every average by its name in checkpoints and exports. "ema" is the one that is drawn with."""
+        return {"ema": self.ema_decay, **{f"ema_{decay:g}": decay for decay in self.ema_more_decays}}
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: got {self.betas}, expected two numbers from 0 to below 1")
+        if self.ema_start_images >= self.num_images:
+            raise ValueError(
+                f"ema_start_images: got {self.ema_start_images} of {self.num_images} images, expected fewer: averages "
+                "would never begin"
+            )
+        decays = tuple(self.averages.values())
+        if self.ema_more_decays and (0 in decays or len(set(decays)) < len(decays)):
+            raise ValueError(
+                f"ema_more_decays: got {list(self.ema_more_decays)} beside ema_decay {self.ema_decay:g}, expected "
+                "decays above 0, each once"
+            )
         if 0 < self.spike_factor <= 1:
             raise ValueError(
                 f"spike_factor: got {self.spike_factor:g}, expected 0 (off) or above 1: half of all losses lie above "
@@ -277,6 +297,7 @@ class TrainConfig:
     edge_max_timestep: NonNegative  # T_c: no edge loss at t > T_c
     focal_alpha: Share
     focal_gamma: Annotated[float, Range(0)]
+    noise_offset: Annotated[float, Range(0, 1)]  # share of noise that is the same on a whole channel; 0: off
     timestep_shift: Positive  # s: timesteps are drawn as T s u / (1 + (s - 1) u), u uniform; 1: uniform
     min_snr_gamma: Annotated[float, Range(0)]  # 0: off, every timestep counts alike; 5 in arXiv 2303.09556
     edge_resolution: Literal["map", "target"]  # targets brought to each block's map, or logits to the targets' size
@@ -285,6 +306,8 @@ class TrainConfig:
     balance_rate: Annotated[float, Range(0)]  # u of loss_free: what a step adds to or takes from a gate's bias
     sample_prompts: tuple[str, ...]  # of the grids drawn while training; empty: the first held-out prompts
     num_sample_prompts: Count
+    sample_weights: tuple[str, ...]  # which weights draw them: raw, ema, ema_<decay> of loop.ema_more_decays
+    num_heldout: NonNegative  # records kept out of training, for the held-out loss (raphael/train/heldout.py)
     parallel: ParallelConfig
     loop: LoopConfig
 
@@ -293,6 +316,19 @@ class TrainConfig:
             raise ValueError(
                 f"parallel.micro_batch: got {self.parallel.micro_batch} with balance loss_free, expected 0: its biases "
                 "move once a pass"
+            )
+        if bool(self.num_heldout) != bool(self.loop.heldout_every_images):
+            raise ValueError(
+                f"num_heldout: got {self.num_heldout} with loop.heldout_every_images {self.loop.heldout_every_images}, "
+                "expected both 0 or neither: records would be kept out for nothing, or none would be there to measure"
+            )
+        if unknown := set(self.sample_weights) - {"raw", *self.loop.averages}:
+            raise ValueError(
+                f"sample_weights: got {sorted(unknown)[0]}, expected some of raw, {', '.join(self.loop.averages)}"
+            )
+        if self.loop.ema_on_cpu and self.parallel.strategy == "fsdp2":
+            raise ValueError(
+                "loop.ema_on_cpu: got true with parallel.strategy fsdp2, expected false: averages are shared out"
             )
         if self.loop.batch_size % max(1, self.num_workers):
             raise ValueError(

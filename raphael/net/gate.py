@@ -6,6 +6,7 @@ Letters of the shape suffixes: B samples, N text tokens, K experts, C width of w
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -33,6 +34,17 @@ class Routing:
         """(K,) float32: number of the choices that fell on each expert."""
         one_hot = F.one_hot(self.expert, self.probability.shape[-1]).float() * self.chosen.unsqueeze(-1)
         return one_hot.flatten(0, -2).sum(0)
+
+    def entropy(self) -> Tensor:
+        """(B,) float32, mean over a sample's tokens of -sum_k p_k log p_k / log K: 1 undecided, 0 certain."""
+        num_experts = self.probability.shape[-1]
+        if num_experts == 1:
+            return self.probability.new_zeros(len(self.probability))
+        entropy = torch.special.entr(self.probability).sum(-1) / math.log(num_experts)
+        if entropy.dim() == 1:
+            return entropy
+        weight = self.chosen.float() / self.chosen.sum(-1, keepdim=True).clamp(min=1)
+        return (weight * entropy).sum(-1)
 
     def balance_loss(self) -> Tensor:
         """(B,) Switch Transformer's auxiliary loss (arXiv 2101.03961, eq. 4) K * sum_k f_k P_k of each sample's tokens.

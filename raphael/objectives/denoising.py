@@ -21,7 +21,11 @@ from raphael.randomness import SampleRng
 from raphael.records import EDGES, MOMENTS, TOKEN_IDS
 from raphael.strict import to_dict
 
-NO_PART_OF_THE_LOSS = ("num_workers", "use_gpu", "sample_prompts", "num_sample_prompts", "parallel", "loop")
+NO_PART_OF_THE_LOSS = (
+    "num_workers", "use_gpu", "sample_prompts", "num_sample_prompts", "sample_weights", "num_heldout", "parallel",
+    "loop",
+)  # fmt: skip
+QUARTERS = 4  # of the timesteps, whose losses are logged apart
 BALANCE_TIMESTEPS = 64  # of the grid on which the time gates' balance is judged
 
 
@@ -71,8 +75,9 @@ class DenoisingObjective(nn.Module):
     def forward(self, batch: dict[str, Tensor], rng: SampleRng) -> dict[str, Tensor]:
         """batch: moments (B, 2C, h, w), token_ids (B, N), edges (B, E, F) uint8.
 
-        Returns "loss" (the weighted sum, what is minimised), "denoise", "edge", "balance" and, detached, the load of
-        every expert and the cover of every block.
+        Returns "loss" (the weighted sum, what is minimised), "denoise", "edge", "balance" and, detached, "denoise_t"
+        (the unweighted square error in each quarter of the timesteps, the cleanest first), the load of every expert,
+        the cover of every block and the entropy of both kinds of gates.
         """
         moments = batch[MOMENTS]
         B, C, h, w = len(moments), moments.shape[1] // 2, *moments.shape[2:]
@@ -82,6 +87,8 @@ class DenoisingObjective(nn.Module):
         t = shifted(rng.uniform("timestep"), self.config.timestep_shift) * self.schedule.num_steps
         t = t.long().clamp(max=self.schedule.num_steps - 1).to(device)
         noise = rng.normal("noise", (C, h, w)).to(device)
+        if self.config.noise_offset:  # a picture's mean brightness is then noised, too, and has to be learned
+            noise = noise + self.config.noise_offset * rng.normal("noise_offset", (C, 1, 1)).to(device)
         dropped = (rng.uniform("caption_drop") < self.config.caption_drop).to(device)
         tokens = torch.where(dropped[:, None], self.empty_tokens, batch[TOKEN_IDS].long())
         with torch.no_grad():
@@ -90,7 +97,7 @@ class DenoisingObjective(nn.Module):
         x_t = self.schedule.add_noise(x0, noise, t)
         gate_noise = self._gate_noise(rng, text.context)
         output = self.unet(x_t, t, text.context, text.mask, gate_noise=gate_noise, collect=not self.unet.training)
-        target = noise if self.prediction == "eps" else self.schedule.velocity(x0, noise, t)
+        target = self._target(x0, noise, t)
         losses = {
             "denoise": self._denoise_loss(output.prediction.float(), target, t),
             "edge": self._edge_loss(output.blocks, batch[EDGES], t),
@@ -101,7 +108,25 @@ class DenoisingObjective(nn.Module):
         weights = {"denoise": 1.0, "edge": self.config.edge_weight, "balance": self.config.balance_weight}
         loss = sum(weights[name] * value for name, value in losses.items())
         assert B == len(t)
-        return {"loss": loss, **losses, **_expert_statistics(output.blocks)}
+        errors = _by_quarter(output.prediction, target, t, self.schedule.num_steps)
+        return {"loss": loss, **losses, **errors, **_expert_statistics(output.blocks)}
+
+    @torch.no_grad()
+    def heldout(self, batch: dict[str, Tensor], rng: SampleRng, place: Tensor) -> Tensor:
+        """(B,) mean square error per element of each sample at timestep floor(place T), place (B,) in [0, 1).
+
+        Nothing is drawn but the noise, nothing dropped, nothing weighted. Call it in eval mode.
+        """
+        moments = batch[MOMENTS]
+        x0 = sample_latents(moments, self.scale.factor, self.scale.shift, None)
+        t = (place * self.schedule.num_steps).long().to(moments.device)
+        noise = rng.normal("noise", x0.shape[1:]).to(moments.device)
+        text = self.encode_text(batch[TOKEN_IDS].long())
+        prediction = self.unet(self.schedule.add_noise(x0, noise, t), t, text.context, text.mask).prediction
+        return (prediction.float() - self._target(x0, noise, t)).square().flatten(1).mean(1)
+
+    def _target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return noise if self.prediction == "eps" else self.schedule.velocity(x0, noise, t)
 
     def _denoise_loss(self, prediction: Tensor, target: Tensor, t: Tensor) -> Tensor:
         """The mean square per element, each sample's times its weight. (B, C, h, w) twice, t (B,) -> scalar."""
@@ -197,8 +222,21 @@ def min_snr_weights(alpha_bar: Tensor, gamma: float, prediction: Literal["eps", 
 
 
 @torch.no_grad()
+def _by_quarter(prediction: Tensor, target: Tensor, t: Tensor, num_steps: int) -> dict[str, Tensor]:
+    """ "denoise_t" (4,): mean over the batch of the errors that lie in each quarter of the timesteps, 0 elsewhere, and
+    the quarters' shares of the batch, by which the loop divides. (B, C, h, w) twice, t (B,)"""
+    error = (prediction.float() - target).square().flatten(1).mean(1)
+    inside = F.one_hot(QUARTERS * t // num_steps, QUARTERS).float()  # (B, 4)
+    return {"denoise_t": (error[:, None] * inside).mean(0), "denoise_t.share": inside.mean(0)}
+
+
+@torch.no_grad()
 def _expert_statistics(blocks: list[BlockOutput]) -> dict[str, Tensor]:
     statistics = {}
+    for kind in ("space", "time"):
+        routings = [getattr(block, kind) for block in blocks if getattr(block, kind) is not None]
+        if routings:
+            statistics[f"gate_entropy/{kind}"] = torch.stack([routing.entropy().mean() for routing in routings]).mean()
     for index, block in enumerate(blocks):
         if block.space is not None:
             statistics[f"cover/block{index:02d}"] = block.space.cover.mean()

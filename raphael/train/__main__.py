@@ -175,8 +175,7 @@ class Watcher:
     def describe(self, images: int, point: dict[str, float]) -> str:
         losses = [name for name in ("loss", "denoise", "edge", "balance") if f"train/{name}" in point]
         shown = "  ".join(f"{name} {point[f'train/{name}']:.4f}" for name in losses)
-        rate = point["train/images_per_s"]
-        left_s = max(0, self.total - images) / max(rate, 1e-9)
+        rate, left_s = point["train/images_per_s"], point["train/time_left_s"]
         left = f"{int(left_s // 60)}:{int(left_s % 60):02d} left"
         return f"train: {images:,}/{self.total:,} images  {shown}  {rate:.1f} images/s  {left}"
 
@@ -233,13 +232,18 @@ def write_export(
         "images_seen": meta["images_seen"],
     }
     export = folders.work / "export"
-    write_checkpoint(export, {"ema": averaged, "raw": raw}, about)
+    further = {name: {**raw, **unet_weights(groups[name])} for name in config.train.loop.averages if name != "ema"}
+    write_checkpoint(export, {"ema": averaged, **further, "raw": raw}, about)
     shutil.copytree(folders.autoencoder, export / "autoencoder")
     shutil.copytree(folders.clip, export / "text_encoder")
     write_json(export / "curves.json", meta["history"])
+    if "heldout" in meta:
+        write_json(export / "heldout.json", meta["heldout"])
     (export / "samples").mkdir()
-    for path in sorted(folders.samples.glob("[0-9]*.png")):
-        shutil.copy2(path, export / "samples")
+    for path in sorted(folders.samples.rglob("[0-9]*.png")):
+        target = export / "samples" / path.relative_to(folders.samples)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy2(path, target)
     return checkpoint_sha256(export), sum(tensor.numel() for tensor in raw.values())
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from raphael.objectives.denoising import DenoisingObjective
+    from raphael.preset import Preset
     from raphael.sampling import Parts
     from raphael.train.loop import World
 
@@ -95,7 +96,25 @@ def build_denoising(config: Config, folders: Folders) -> tuple[DenoisingObjectiv
 
     empty = text_encoder.tokenize([""])[0]
     scale = LatentScale(autoencoder.scaling_factor, autoencoder.shift)
-    return DenoisingObjective(unet, encode, empty, preset.diffusion, config.train, scale), records
+    objective = DenoisingObjective(unet, encode, empty, preset.diffusion, config.train, scale)
+    objective.flops_per_image = training_flops(preset, records)
+    return objective, records
+
+
+def training_flops(preset: Preset, records: Records) -> float:
+    """Floating-point operations of a training step of one image, the mean over records: three forwards of the U-Net.
+
+    Space-MoE is counted at full cover, edge heads and text encoder are not.
+    """
+    from raphael.generate.anatomy import unet_flops
+
+    factor = 2 ** (len(preset.vae.channels) - 1)  # the preset's own, which unet_flops divides by
+    counted = [bucket for bucket in records.buckets if bucket.count]
+    total = sum(
+        bucket.count * unet_flops(preset, tuple(factor * side for side in bucket.fields[MOMENTS][1][1:]))
+        for bucket in counted
+    )
+    return 3.0 * total / len(records)
 
 
 def check_fit(config: Config, records: Records, context_dim: int) -> None:
@@ -129,39 +148,44 @@ def check_fit(config: Config, records: Records, context_dim: int) -> None:
 def train_denoiser(job: Job, world: World) -> dict[str, Any]:
     """Train as one of `world`'s workers, to the end, going on from the newest checkpoint. Returns the loop's result."""
     from raphael.tracking import MlflowTracker, NullTracker
+    from raphael.train.heldout import Heldout, split
     from raphael.train.loop import Hooks, train
 
+    settings, world = job.config.train, replace(world, parallel=job.config.train.parallel)
     chief = world.rank == 0
     objective, records = build_denoising(job.config, job.folders)
     tracked = chief and job.journal is not None
     tracker = MlflowTracker(job.tracking_uri, job.run_id, job.journal) if tracked else NullTracker()
     events = Events(job.folders.events)
 
-    def draw(images: int) -> None:
+    def draw(images: int, weights: str) -> None:
         grid = draw_grid(job, objective)
         if not chief:
             return
-        job.folders.samples.mkdir(parents=True, exist_ok=True)
-        temporary = job.folders.samples / f".{images:06d}.png"
+        folder = job.folders.samples / (weights if weights != "ema" else "")
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{images:06d}.png"
         grid.save(temporary)
-        os.replace(temporary, job.folders.samples / f"{images:06d}.png")
-        tracker.image("samples/grid", grid, images)
+        os.replace(temporary, folder / f"{images:06d}.png")
+        tracker.image("samples/grid" if weights == "ema" else f"samples/{weights}", grid, images)
 
+    data, out = split(records, settings.num_heldout)
     hooks = Hooks(
         on_log=lambda point, images: events.write({"point": point, "images": images}),
         on_sample=draw,
+        sample_weights=settings.sample_weights,
+        heldout=Heldout(objective, out, world, settings.loop.precision) if out is not None else None,
         progress=events.progress,
         say=lambda line: events.write({"say": line}),
     )
-    loop = job.config.train.loop
     return train(
         objective,
-        records,
-        loop,
-        job.config.train.seed,
+        data,
+        settings.loop,
+        settings.seed,
         folder=job.folders.checkpoints,
         tracker=tracker,
-        world=replace(world, parallel=job.config.train.parallel),
+        world=world,
         hooks=hooks,
     )
 

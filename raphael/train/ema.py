@@ -16,32 +16,65 @@ class Ema:
 
     The ramp lets the first updates forget the random start, so the average needs no correction of bias. decay 0: off,
     and the average is the parameters themselves.
+
+    start: the training's step after which the average begins, as a copy of the parameters of then (n = 0). Until then
+    it is the parameters themselves. 0: it begins at the first weights.
+    on_cpu: it lies in main memory where the parameters are on another device; the same average up to rounding.
     """
 
-    def __init__(self, parameters: dict[str, Tensor], decay: float):
-        self.parameters = parameters
-        self.decay = decay
-        self.average = {name: tensor.detach().float().clone() for name, tensor in parameters.items()} if decay else {}
+    def __init__(self, parameters: dict[str, Tensor], decay: float, start: int = 0, on_cpu: bool = False):
+        self.parameters, self.decay, self.start = parameters, decay, start
+        self.count = 0  # the training's steps so far
+        apart = on_cpu and any(tensor.device.type != "cpu" for tensor in parameters.values())
+        copies = {name: tensor.detach().cpu() if apart else tensor.detach() for name, tensor in parameters.items()}
+        self.average = {name: tensor.float().clone() for name, tensor in copies.items()} if decay else {}
+        self.landing = Landing(parameters) if decay and apart else None
+
+    @property
+    def begun(self) -> bool:
+        return bool(self.decay) and self.count >= self.start
 
     @torch.no_grad()
     def update(self, count: int) -> None:
-        """Take in the parameters after update number `count` = 1, 2, ..."""
-        if not self.decay:
+        """Take in the parameters after step number `count` = 1, 2, ... of the training."""
+        self.count = count
+        if not self.begun:
             return
-        decay = min(self.decay, (1 + count) / (10 + count))
-        current = [own(self.parameters[name].detach()).float() for name in self.average]
-        torch._foreach_lerp_([own(tensor) for tensor in self.average.values()], current, 1 - decay)
+        n = count - self.start
+        share = 1 - min(self.decay, (1 + n) / (10 + n)) if n else 1.0
+        if self.landing is not None:
+            self._settle()
+            self.landing.take(self.parameters, share)
+        else:
+            self._mix([own(self.parameters[name].detach()) for name in self.average], share)
+
+    def _mix(self, current: list[Tensor], share: float) -> None:
+        torch._foreach_lerp_(
+            [own(tensor) for tensor in self.average.values()], [tensor.float() for tensor in current], share
+        )
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Finish the update that is under way, if any."""
+        if self.landing is not None and (share := self.landing.share) is not None:
+            self._mix(self.landing.wait(), share)
 
     def weights(self) -> dict[str, Tensor]:
-        """The averaged weights by name (the parameters themselves where the average is off)."""
-        return self.average if self.decay else {name: tensor.detach() for name, tensor in self.parameters.items()}
+        """The averaged weights by name (the parameters themselves where the average is off or has not begun)."""
+        self._settle()
+        return self.average if self.begun else {name: tensor.detach() for name, tensor in self.parameters.items()}
+
+    def stored(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps: the averaged weights; nothing where the average is off."""
+        return dict(self.weights()) if self.decay else {}
 
     @contextlib.contextmanager
     @torch.no_grad()
     def applied(self) -> Iterator[None]:
         """Inside, the modules have the averaged weights; after, exactly their own again."""
-        before = {name: self.parameters[name].detach().clone() for name in self.average}
-        for name, tensor in self.average.items():
+        averaged = self.weights() if self.begun else {}
+        before = {name: self.parameters[name].detach().clone() for name in averaged}
+        for name, tensor in averaged.items():
             self.parameters[name].copy_(tensor)
         try:
             yield
@@ -49,3 +82,31 @@ class Ema:
             with torch.no_grad():
                 for name, tensor in before.items():
                     self.parameters[name].copy_(tensor)
+
+
+class Landing:
+    """Parameters on their way to main memory. Nothing waits for the device until the next step has been queued: the
+    copy of step n is awaited at step n + 1, so the host runs one step ahead at most, and the device never idles."""
+
+    def __init__(self, parameters: dict[str, Tensor]):
+        self.on_gpu = any(tensor.is_cuda for tensor in parameters.values())
+        self.buffers = [
+            torch.empty_like(tensor, device="cpu", pin_memory=self.on_gpu, requires_grad=False)
+            for tensor in parameters.values()
+        ]
+        self.share: float | None = None  # of the update under way
+        self.event = torch.cuda.Event() if self.on_gpu else None
+
+    def take(self, parameters: dict[str, Tensor], share: float) -> None:
+        for buffer, tensor in zip(self.buffers, parameters.values(), strict=True):
+            buffer.copy_(tensor.detach(), non_blocking=True)
+        if self.event is not None:
+            self.event.record()
+        self.share = share
+
+    def wait(self) -> list[Tensor]:
+        """The parameters that were taken, once they are here."""
+        if self.event is not None:
+            self.event.synchronize()
+        self.share = None
+        return self.buffers

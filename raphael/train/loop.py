@@ -15,7 +15,6 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from raphael.config import LoopConfig
 from raphael.randomness import SampleRng
 from raphael.train.batches import Batches
 from raphael.train.faults import BadSteps, TrainingError
+from raphael.train.meter import Meter
 from raphael.train.optim import clip_gradients, learning_rate
 from raphael.train.parallel import Replica, prepare
 from raphael.train.state import State
@@ -44,6 +44,10 @@ class Objective(Protocol):
 
     objective(batch, rng) -> {"loss": scalar to minimise, a mean over the batch; further losses and statistics by name,
     of any shape that is the same at every step}. All randomness comes from `rng`, so that it belongs to the sample.
+
+    Every value is a mean over the batch, so that it is one over passes, ranks and steps, too. A statistic `x` of a part
+    of the batch alone is 0 for the other samples, and `x.share` says how large the part was: logged is their ratio, and
+    nothing where the part was empty. flops_per_image, where the objective has it: of a training step of one image.
     """
 
     def __call__(self, batch: dict[str, Tensor], rng: SampleRng) -> dict[str, Tensor]: ...
@@ -67,13 +71,17 @@ def _nothing(*_: Any) -> None:
 class Hooks:
     """What others do beside the loop, on rank 0 only.
 
-    on_log(metrics, images): a point was logged. on_sample(images): draw pictures; the objective has the averaged
-    weights. It is called on every rank where weights are shared out, since a forward then needs all; rank 0 keeps them.
+    on_log(metrics, images): a point was logged. on_sample(images, weights): draw pictures; the objective has these
+    weights, each of sample_weights in turn ("raw", "ema" ...). It is called on every rank where weights are shared out,
+    since a forward then needs all; rank 0 keeps them. heldout() -> losses of the weights that the objective has, by
+    name; it is called on every rank, for the raw weights and every average, and must change nothing.
     progress(images): a step ended. say(line): something a person should read.
     """
 
     on_log: Callable[[dict[str, float], int], None] = _nothing
-    on_sample: Callable[[int], None] = _nothing
+    on_sample: Callable[[int, str], None] = _nothing
+    sample_weights: tuple[str, ...] = ("ema",)
+    heldout: Callable[[], dict[str, float]] | None = None
     progress: Callable[[int], None] = _nothing
     say: Callable[[str], None] = print
 
@@ -96,8 +104,9 @@ def train(
     folder: of the checkpoints, shared by all ranks; the newest two stay.
     tracker: gets every logged point once (step = images). Points are means over the steps since the one before.
 
-    Returns {"images", "history" (list of points, each with "images" and "train/<name>"), "ema" (averaged weights by
-    name)}; the objective holds the last weights. Nothing in it depends on time, rank or restarts.
+    Returns {"images", "history" (list of points, each with "images" and "train/<name>"), "heldout" (the same with
+    "heldout/<weights>/<name>"), "ema" (averaged weights by name) and further averages}; the objective holds the last
+    weights. Nothing in it depends on time, rank or restarts.
 
     SIGTERM and Ctrl-C: the step ends, a checkpoint is written, then SystemExit(143) or KeyboardInterrupt. (With several
     workers they agree at the next point logged.) Raises TrainingError (raphael/train/faults.py), CheckpointError (of
@@ -122,7 +131,7 @@ def train(
             say(f"going on from the checkpoint at {resumed_at:,} images")
     replica = Replica(objective, world, loop.precision)
     faults = BadSteps(state, world, batches, data, Path(folder), say)
-    clock = _Clock(state.images)
+    meter = Meter(world, loop.num_images, state.images, getattr(objective, "flops_per_image", 0.0))
     if state.images < loop.num_images:
         say(replica.outlook(state))
 
@@ -141,20 +150,29 @@ def train(
                     state.history.append({"images": state.images, **point})
                     state.sums, state.summed_steps = {}, 0
                     if chief:
-                        shown = {**point, "train/images_per_s": clock.rate(state.images)}
+                        shown = {**point, **meter.point(state.images)}
                         if tracker is not None:
                             tracker.log(shown, state.images)
                         hooks.on_log(shown, state.images)
                 draws = chief or world.sharded
                 if draws and loop.sample_every_images and (done or _due(loop.sample_every_images, state)):
-                    with clock.paused(), state.ema.applied(), replica.drawing():
-                        hooks.on_sample(state.images)
+                    for name in hooks.sample_weights:
+                        with meter.paused(), state.using(name), replica.drawing():
+                            hooks.on_sample(state.images, name)
+                if hooks.heldout and loop.heldout_every_images and (done or _due(loop.heldout_every_images, state)):
+                    losses = {}
+                    for name in state.kinds:
+                        with meter.paused(), state.using(name), replica.drawing():
+                            losses |= {f"heldout/{name}/{key}": value for key, value in hooks.heldout().items()}
+                    state.heldout.append({"images": state.images, **losses})
+                    if chief and tracker is not None:
+                        tracker.log(losses, state.images)
                 if state.images and (done or stopping or _due(loop.checkpoint_every_images, state)):
                     faults.check()
                     if state.summed_steps:
                         _share_sums(state, world)
                     if chief or world.sharded:
-                        with clock.paused():
+                        with meter.paused():
                             packed = state.pack(chief)
                             if chief:
                                 home.save(state.images, *packed)
@@ -169,7 +187,9 @@ def train(
             watchdog.at("reading its batch", state.images)
             epochs, indices = batches.own(state.step)
             rng = SampleRng(seed, epochs, indices)
-            batch = {name: torch.from_numpy(array).to(world.device) for name, array in data.batch(indices).items()}
+            with meter.waiting():
+                arrays = data.batch(indices)
+            batch = {name: torch.from_numpy(array).to(world.device) for name, array in arrays.items()}
             watchdog.at("computing", state.images)
             outputs = replica.gradients(batch, rng)
             norm = clip_gradients(state.parameters.values(), loop.clip_norm)
@@ -182,11 +202,12 @@ def train(
             # State.
             state.add({**outputs, "gradient_norm": norm}, bad)
             state.images += loop.batch_size
-            state.ema.update(state.step)
+            state.update_averages()
             if chief:
                 hooks.progress(state.images)
 
-    return {"images": state.images, "history": state.history, "ema": state.ema.weights()}
+    averages = {name: average.weights() for name, average in state.averages.items()}
+    return {"images": state.images, "history": state.history, "heldout": state.heldout, **averages}
 
 
 def _due(every: int, state: State) -> bool:
@@ -196,16 +217,22 @@ def _due(every: int, state: State) -> bool:
 
 def _mean_over_ranks(state: State, world: World) -> dict[str, float]:
     """The interval's means over its good steps, vectors spread over names: train/<name>, train/<name>/<i>,
-    train/<name>/<i>.<j> ... and train/skipped, the number of the others. Without a good step that is all."""
+    train/<name>/<i>.<j> ... and train/skipped, the number of the others. Without a good step that is all.
+
+    Of a part of the samples (see Objective) the mean is over these alone: sum over sum, not a mean of means.
+    """
     _share_sums(state, world)
     skipped = float(state.sums["skipped"])
     point = {"train/skipped": skipped}
     good = state.summed_steps - skipped
-    for name in sorted(state.sums.keys() - {"skipped"}) if good else ():
-        mean = (state.sums[name].double() / good).cpu().numpy()
+    means = {name: (total.double() / good).cpu().numpy() for name, total in state.sums.items()} if good else {}
+    for name in sorted(name for name in means if name != "skipped" and not name.endswith(".share")):
+        mean, share = means[name], means.get(f"{name}.share")
         for place in np.ndindex(mean.shape):
+            if share is not None and share[place] == 0:
+                continue
             suffix = "/" + ".".join(map(str, place)) if place else ""
-            point[f"train/{name}{suffix}"] = float(mean[place])
+            point[f"train/{name}{suffix}"] = float(mean[place] if share is None else mean[place] / share[place])
     return point
 
 
@@ -217,33 +244,6 @@ def _share_sums(state: State, world: World) -> None:
     flat = world.sum(torch.cat([state.sums[name].reshape(-1) for name in names])) / world.size
     parts = flat.split([state.sums[name].numel() for name in names])
     state.sums = {name: part.reshape(state.sums[name].shape).clone() for name, part in zip(names, parts, strict=True)}
-
-
-class _Clock:
-    """Images per second since the last question, without the time spent on pictures and checkpoints."""
-
-    def __init__(self, images: int):
-        self.images, self.since_s, self.paused_s = images, time.perf_counter(), 0.0
-
-    def rate(self, images: int) -> float:
-        now = time.perf_counter()
-        rate = (images - self.images) / max(1e-9, now - self.since_s - self.paused_s)
-        self.images, self.since_s, self.paused_s = images, now, 0.0
-        return rate
-
-    def paused(self) -> _Pause:
-        return _Pause(self)
-
-
-class _Pause:
-    def __init__(self, clock: _Clock):
-        self.clock = clock
-
-    def __enter__(self) -> None:
-        self.started_s = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.clock.paused_s += time.perf_counter() - self.started_s
 
 
 class _StopRequest:

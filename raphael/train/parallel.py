@@ -179,8 +179,10 @@ class Replica:
             "weights": held + sum(tensor.nbytes for tensor in self.objective.buffers()),
             "gradients": trained,
             "optimizer": state.optimizer.expected_bytes(),
-            "average": sum(own(tensor).nbytes for tensor in state.ema.average.values()),
         }
+        kind = torch.device(world.device).type  # an average in main memory beside a GPU is not its business
+        averages = [own(tensor) for average in state.averages.values() for tensor in average.average.values()]
+        parts["average"] = sum(tensor.nbytes for tensor in averages if tensor.device.type == kind)
         if world.sharded:  # whole ones, between forward and backward
             parts["gathered weights"] = sum(parameter.numel() * 4 for parameter in state.parameters.values())
         memory = " + ".join(f"{name} {size / 2**20:,.1f}" for name, size in parts.items() if size)

@@ -3,6 +3,7 @@ the same, bit for bit, as never having stopped."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from typing import Any
@@ -20,7 +21,8 @@ from raphael.train.sharding import as_shared, is_shared_out, own, whole
 RECENT = 64  # losses whose median a spike is measured by
 # Settings that may change between a checkpoint and its resumption (num_images: upwards)
 FREE = (
-    "num_images", "log_every_images", "checkpoint_every_images", "sample_every_images", "max_bad_steps", "spike_factor",
+    "num_images", "log_every_images", "checkpoint_every_images", "sample_every_images", "heldout_every_images",
+    "max_bad_steps", "spike_factor", "ema_on_cpu",
 )  # fmt: skip
 MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum")  # of AdamW, of Muon
 
@@ -38,11 +40,15 @@ class State:
             name: value for name, value in objective.state_dict(keep_vars=True).items() if name not in owned
         }
         self.optimizer = make_optimizer(objective, loop)
-        self.ema = Ema(self.parameters, loop.ema_decay)
+        start = -(-loop.ema_start_images // loop.batch_size)
+        self.averages = {
+            name: Ema(self.parameters, decay, start, loop.ema_on_cpu) for name, decay in loop.averages.items()
+        }
         self.images = 0
         self.sums: dict[str, Tensor] = {}
         self.summed_steps = 0
         self.history: list[dict[str, float]] = []
+        self.heldout: list[dict[str, float]] = []  # held-out losses, at a pace of their own
         self.bad_in_row = 0  # steps (raphael/train/faults.py)
         device = next(iter(self.parameters.values())).device
         self.recent = torch.full((RECENT,), torch.nan, device=device)  # losses of the last good steps, where asked for
@@ -52,6 +58,23 @@ class State:
     def step(self) -> int:
         """Steps taken = number of the next one."""
         return self.images // self.loop.batch_size
+
+    @property
+    def ema(self) -> Ema:
+        return self.averages["ema"]
+
+    def update_averages(self) -> None:
+        for average in self.averages.values():
+            average.update(self.step)
+
+    def using(self, weights: str) -> contextlib.AbstractContextManager[None]:
+        """Inside, the objective has these weights: "raw", its own, or those of an average."""
+        return contextlib.nullcontext() if weights == "raw" else self.averages[weights].applied()
+
+    @property
+    def kinds(self) -> list[str]:
+        """The weights there are: "raw", and every average that is on."""
+        return ["raw", *(name for name, average in self.averages.items() if average.decay)]
 
     def add(self, outputs: dict[str, Tensor], bad: Tensor) -> None:
         """Take the step's losses and statistics into the sums of this log interval. Stays on the device.
@@ -79,7 +102,7 @@ class State:
         groups = {
             "model": {**self.parameters, **self.buffers},
             "optimizer": optimizer,
-            "ema": dict(self.ema.average),
+            **{name: average.stored() for name, average in self.averages.items()},
             "sums": dict(self.sums),
             "recent": {"losses": self.recent},
         }
@@ -88,6 +111,7 @@ class State:
             "images_seen": self.images,
             "summed_steps": self.summed_steps,
             "history": self.history,
+            **({"heldout": self.heldout} if self.heldout else {}),
             "bad_in_row": self.bad_in_row,
             "extended": self.extended,
             "facts": self.facts,
@@ -103,8 +127,9 @@ class State:
         """
         notes = self._compare(meta["facts"], meta["images_seen"], where)
         self.extended = [*meta.get("extended", []), *self.extended]
-        for kind, mine in (("model", {**self.parameters, **self.buffers}), ("ema", self.ema.average)):
-            _copy(mine, groups[kind], f"{where}: {kind}")
+        mine = {"model": {**self.parameters, **self.buffers}}
+        for kind, tensors in (mine | {name: average.average for name, average in self.averages.items()}).items():
+            _copy(tensors, groups.get(kind, {}), f"{where}: {kind}")
         stored = groups["optimizer"]
         moments = {
             parameter: {
@@ -118,7 +143,9 @@ class State:
         device = next(iter(self.parameters.values())).device
         self.sums = {name: tensor.to(device) for name, tensor in groups["sums"].items()}
         self.images, self.summed_steps, self.history = meta["images_seen"], meta["summed_steps"], meta["history"]
-        self.bad_in_row = meta.get("bad_in_row", 0)
+        for average in self.averages.values():
+            average.count = self.step
+        self.heldout, self.bad_in_row = meta.get("heldout", []), meta.get("bad_in_row", 0)
         if "recent" in groups:
             self.recent = groups["recent"]["losses"].to(device)
         return notes

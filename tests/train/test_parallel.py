@@ -58,7 +58,7 @@ def alone(tmp_path_factory):
             objective = BlockObjective()
             pictures = {}
 
-            def draw(images):
+            def draw(images, weights):
                 pictures[images] = objective.network(torch.ones(2, 6), torch.arange(2)).detach()
 
             train(objective, ToyData(), loop, 7, folder=folder, hooks=Hooks(on_sample=draw, say=lambda _: None))

@@ -143,7 +143,7 @@ def run_denoising(folder: Path, parallel: ParallelConfig, world_size: int = 1, r
     )
     objective, drawn = denoising(), {}
 
-    def draw(images):
+    def draw(images, weights):
         with torch.no_grad():
             context = torch.linspace(-1, 1, 2 * 16 * 32).view(2, 16, 32)
             drawn[images] = objective.unet(torch.ones(2, 4, 8, 8), torch.tensor([9, 700]), context).prediction.clone()
@@ -163,7 +163,7 @@ def run(name: str, folder: Path, loop: LoopConfig | None = None, world_size: int
     objective = BlockObjective(seed=rank)  # only rank 0's weights may count
     pictures = {}
 
-    def draw(images):
+    def draw(images, weights):
         with torch.no_grad():
             pictures[images] = objective.network(torch.ones(2, 6), torch.arange(2)).float().clone()
 
