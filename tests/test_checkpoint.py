@@ -2,6 +2,7 @@ import os
 import pickle
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -60,6 +61,37 @@ def test_one_flipped_bit_anywhere_is_found(tmp_path):
             assert "\n" not in str(caught.value)
         file.write_bytes(whole)
     read_checkpoint(tmp_path / "c")
+
+
+def test_a_bit_flipped_anywhere_in_a_training_s_checkpoint_is_found_in_200_of_200_trials(tmp_path):
+    """Bits drawn evenly over all bytes of all files, as a disk would; on the way that a resumed training takes."""
+    home = CheckpointHome(tmp_path)
+    path = home.save(640, {**groups(), "optimizer": {"a.exp_avg": torch.randn(40, 30)}}, META)
+    files = [(file, file.read_bytes()) for file in sorted(path.iterdir())]
+    ends = np.cumsum([len(data) for _, data in files])
+    found = 0
+    for bit in np.random.default_rng(1).integers(0, 8 * ends[-1], 200):
+        number = int(np.searchsorted(ends, bit // 8, side="right"))
+        file, whole = files[number]
+        damaged = bytearray(whole)
+        damaged[bit // 8 - (ends[number] - len(whole))] ^= 1 << (bit % 8)
+        file.write_bytes(damaged)
+        try:
+            home.newest(lambda _: None)
+        except CheckpointError:
+            found += 1
+        file.write_bytes(whole)
+    assert found == 200
+    assert home.newest()[1] == META
+
+
+def test_a_pickle_among_a_training_s_checkpoints_is_refused_and_never_runs(tmp_path):
+    victim, planted = tmp_path / "victim", tmp_path / "home/000000000640"
+    planted.mkdir(parents=True)
+    (planted / "model.pt").write_bytes(pickle.dumps({"weight": Malicious(victim)}))
+    with pytest.raises(CheckpointError, match=r"model.pt: got a pickle.*refused"):
+        CheckpointHome(tmp_path / "home").newest(lambda _: None)
+    assert not victim.exists()
 
 
 def test_a_lost_or_short_file_is_named(tmp_path):

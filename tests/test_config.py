@@ -126,6 +126,32 @@ def test_picture_sizes_must_fit_the_networks_and_differ_in_shape(tmp_path, sizes
 
 
 @pytest.mark.parametrize(
+    ("train", "loop", "message"),
+    [
+        ({"num_heldout": 9}, {}, "num_heldout: got 9 with loop.heldout_every_images 0, expected both 0 or neither"),
+        ({}, {"heldout_every_images": 9}, "num_heldout: got 0 with loop.heldout_every_images 9, expected both 0"),
+        ({"sample_weights": ["ema_0.5"]}, {}, "sample_weights: got ema_0.5, expected some of raw, ema"),
+        ({}, {"ema_more_decays": [0.9, 0.9]}, "ema_more_decays: got [0.9, 0.9] beside ema_decay 0.99, expected decays"),
+        ({}, {"ema_start_images": 25600}, "ema_start_images: got 25600 of 25600 images, expected fewer"),
+        ({"parallel": {"strategy": "fsdp2"}}, {"ema_on_cpu": True}, "loop.ema_on_cpu: got true with"),
+    ],
+)
+def test_what_is_seen_of_a_training_must_be_possible(tmp_path, train, loop, message):
+    data = yaml.safe_load(PARAMS.read_text())
+    data["train"]["parallel"].update(train.pop("parallel", {}))
+    data["train"].update(train)
+    data["train"]["loop"].update(loop)
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(data))
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(tmp_path / "params.yaml")
+
+
+def test_averages_are_named_by_their_decays():
+    loop = replace(load_config(PARAMS).train.loop, ema_more_decays=(0.9, 0.99999))
+    assert loop.averages == {"ema": 0.99, "ema_0.9": 0.9, "ema_0.99999": 0.99999}
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         (

@@ -42,7 +42,7 @@ class Subset:
     def __init__(self, data: Any, rows: np.ndarray):
         self.data, self.rows = data, np.asarray(rows, dtype=np.int64)
         self.keys = [data.keys[row] for row in self.rows]
-        ends = np.cumsum(data.bucket_counts)
+        ends = np.cumsum(getattr(data, "bucket_counts", (len(data),)))
         held = np.searchsorted(ends, self.rows, side="right")
         self.bucket_counts = tuple(np.bincount(held, minlength=len(ends)).tolist())
 

@@ -5,8 +5,9 @@ import torch
 
 from raphael.config import load_config
 from raphael.diffusion.denoiser import TextCondition
+from raphael.net.gate import Routing
 from raphael.net.unet import UNet
-from raphael.objectives.denoising import DenoisingObjective, LatentScale, min_snr_weights, shifted
+from raphael.objectives.denoising import DenoisingObjective, LatentScale, _by_quarter, min_snr_weights, shifted
 from raphael.preset import load_preset
 from raphael.randomness import SampleRng
 from raphael.records import EDGES, MOMENTS, TOKEN_IDS
@@ -313,3 +314,65 @@ def test_without_edge_heads_the_edge_loss_is_zero_and_a_weight_on_it_is_refused(
     assert losses["edge"] == 0 and losses["loss"].isfinite()
     with pytest.raises(ValueError, match="edge_weight: got 0.1, expected 0: the preset has no edge heads"):
         objective(unet={"edge_tokens": "none"}, edge_weight=0.1)
+
+
+def test_errors_are_sorted_into_quarters_of_the_timesteps():
+    """Against a loop over samples. Quarters of T = 1000: to 249, to 499, to 749, to 999."""
+    generator = torch.Generator().manual_seed(0)
+    prediction, target = (torch.randn(6, 4, 3, 3, generator=generator) for _ in range(2))
+    t = torch.tensor([0, 249, 250, 499, 999, 100])
+    found = _by_quarter(prediction, target, t, 1000)
+    assert found["denoise_t.share"].tolist() == pytest.approx([3 / 6, 2 / 6, 0, 1 / 6])
+    means = [0.0, 0.0, 0.0, 0.0]
+    for sample, quarter in enumerate((0, 0, 1, 1, 3, 0)):
+        means[quarter] += sum(float(x) ** 2 for x in (prediction - target)[sample].flatten()) / 36 / 6
+    assert found["denoise_t"].tolist() == pytest.approx(means, rel=1e-5)
+
+
+def test_without_weights_the_quarters_add_up_to_the_loss_and_entropies_are_shares():
+    found = objective()(batch(range(6)), rng(range(6)))
+    assert float(found["denoise_t"].sum()) == pytest.approx(found["denoise"].item(), rel=1e-5)
+    assert float(found["denoise_t.share"].sum()) == pytest.approx(1)
+    assert 0 < found["gate_entropy/space"] <= 1 and 0 < found["gate_entropy/time"] <= 1
+
+
+def test_noise_offset_shifts_whole_channels_by_its_share():
+    """x_t with it less x_t without is sqrt(1 - alpha_bar) * offset * one normal number a sample and channel."""
+    seen = []
+    for offset in (0.0, 0.1):
+        goal = objective(noise_offset=offset)
+        goal.unet.register_forward_pre_hook(lambda module, args: seen.append(args[:2]))
+        goal(batch(range(4)), rng(range(4)))
+    (plain, t), (shifted_x, same_t) = seen
+    assert torch.equal(t, same_t)
+    scale = (1 - goal.schedule.alpha_bar[t]).sqrt()[:, None, None, None]
+    expected = scale * 0.1 * rng(range(4)).normal("noise_offset", (4, 1, 1))
+    torch.testing.assert_close(shifted_x - plain, expected.float().expand_as(plain), rtol=1e-4, atol=1e-5)
+
+
+def test_the_held_out_loss_is_the_square_error_at_the_asked_timestep_whatever_the_settings_of_the_training():
+    place = torch.tensor([0.0, 0.3, 0.9999], dtype=torch.float64)
+    goal = objective(caption_drop=1.0, noise_offset=0.5, min_snr_gamma=5.0, timestep_shift=3.0).eval()
+    found = goal.heldout(batch(range(3)), rng(range(3)), place)
+    assert torch.equal(found, goal.heldout(batch(range(3)), rng(range(3)), place))
+    t, records, noise = torch.tensor([0, 300, 999]), batch(range(3)), rng(range(3)).normal("noise", (4, 8, 8))
+    x0 = (records[MOMENTS][:, :4] - 0.1) * 2.0
+    a, s = (f(goal.schedule.alpha_bar[t])[:, None, None, None].float() for f in (torch.sqrt, lambda x: (1 - x).sqrt()))
+    text = encode_text(records[TOKEN_IDS])
+    with torch.no_grad():
+        prediction = goal.unet(a * x0 + s * noise, t, text.context, text.mask).prediction
+    expected = (prediction - (a * noise - s * x0)).square().mean((1, 2, 3))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_entropy_of_a_gate_is_one_undecided_and_zero_certain():
+    import math
+
+    certain, even, mixed = [1.0, 0.0, 0.0, 0.0], [0.25] * 4, [0.5, 0.5, 0.0, 0.0]
+    probability = torch.tensor([[certain, even, mixed], [even, even, certain]])
+    chosen = torch.tensor([[True, True, False], [False, False, False]])
+    space = Routing(probability.argmax(-1), probability, chosen)
+    assert space.entropy().tolist() == pytest.approx([0.5, 0.0])  # tokens that are left out do not count
+    time = Routing(probability[0].argmax(-1), probability[0], torch.ones(3, dtype=torch.bool))
+    assert time.entropy().tolist() == pytest.approx([0, 1, math.log(2) / math.log(4)])
+    assert Routing(torch.zeros(2, dtype=torch.long), torch.ones(2, 1), torch.ones(2) > 0).entropy().tolist() == [0, 0]

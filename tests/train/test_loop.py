@@ -11,7 +11,8 @@ from truth import toy_training
 from truth.toy_training import LOOP, ToyData, ToyObjective, fingerprint
 
 from raphael.checkpoint import CheckpointError, CheckpointHome
-from raphael.train.loop import Hooks, TrainingError, train
+from raphael.train.loop import Hooks, TrainingError, World, _mean_over_ranks, train
+from raphael.train.state import State
 
 ROOT = Path(__file__).parents[2]
 
@@ -160,6 +161,7 @@ def test_two_workers_give_the_update_of_one_and_resume_to_the_last_bit(tmp_path,
         assert point.keys() == truth.keys() and point["images"] == truth["images"]
         assert point["train/loss"] == pytest.approx(truth["train/loss"], rel=1e-5)
         assert point["train/load/1"] == pytest.approx(truth["train/load/1"], rel=1e-6)
+        assert point["train/of_kind/1"] == pytest.approx(truth["train/of_kind/1"], rel=1e-5)
     world_of_two(tmp_path / "killed", 232, 9, attempt=0)
     world_of_two(tmp_path / "killed", 0, 9, attempt=1)
     assert fingerprint(tmp_path / "killed" / "checkpoints") == fingerprint(tmp_path / "whole" / "checkpoints")
@@ -181,19 +183,49 @@ def test_the_frozen_and_the_never_chosen_stay_as_they_were(whole):
     assert "frozen.weight" not in whole["result"]["ema"]
 
 
-def test_pictures_are_drawn_with_the_averaged_weights_at_zero_at_the_pace_and_at_the_end(tmp_path, whole):
+def test_pictures_are_drawn_with_averaged_and_with_last_weights_at_zero_at_the_pace_and_at_the_end(tmp_path, whole):
     objective = ToyObjective()
     drawn = {}
 
-    def draw(images):
+    def draw(images, weights):
         assert not objective.training
-        drawn[images] = objective.head.weight.detach().clone()
+        drawn[images, weights] = objective.head.weight.detach().clone()
 
-    _, result, _ = toy(tmp_path, objective, on_sample=draw)
-    assert list(drawn) == [0, 160, 320, 480]
-    assert torch.equal(drawn[480], result["ema"]["head.weight"])
+    _, result, _ = toy(tmp_path, objective, on_sample=draw, sample_weights=("ema", "raw"))
+    assert list(drawn) == [(images, weights) for images in (0, 160, 320, 480) for weights in ("ema", "raw")]
+    assert torch.equal(drawn[480, "ema"], result["ema"]["head.weight"])
+    assert torch.equal(drawn[480, "raw"], objective.head.weight)
     assert not torch.equal(objective.head.weight, result["ema"]["head.weight"])
     assert torch.equal(objective.head.weight, whole["weights"]["head.weight"])  # drawing changed nothing
+
+
+def test_a_mean_over_a_part_of_the_samples_is_that_of_the_samples_for_any_number_of_workers():
+    """Against the plain mean of all samples of that part; the last part is empty, and one step is bad."""
+    generator = torch.Generator().manual_seed(0)
+    errors, parts = torch.rand(3, 8, generator=generator), torch.randint(0, 3, (3, 8), generator=generator)
+    states = []
+    for columns in (slice(0, 8), slice(0, 4), slice(4, 8)):
+        state = State(ToyObjective(), LOOP, {})
+        for error, part in zip(errors[:, columns], parts[:, columns], strict=True):
+            inside = torch.nn.functional.one_hot(part, 4).float()
+            outputs = {"x": (error[:, None] * inside).mean(0), "x.share": inside.mean(0)}
+            state.add(outputs, torch.tensor(False))
+        state.add({name: value * torch.nan for name, value in outputs.items()}, torch.tensor(True))
+        states.append(state)
+    alone, first, second = states
+
+    class Two:
+        size = 2
+
+        def sum(self, flat):
+            return flat + torch.cat([second.sums[name].reshape(-1) for name in sorted(second.sums)])
+
+    one, two = _mean_over_ranks(alone, World()), _mean_over_ranks(first, Two())
+    assert one.keys() == two.keys() == {"train/skipped", "train/x/0", "train/x/1", "train/x/2"}
+    for part in range(3):
+        truth = errors.double()[parts == part].mean()
+        assert one[f"train/x/{part}"] == pytest.approx(float(truth), rel=1e-6)
+        assert two[f"train/x/{part}"] == pytest.approx(float(truth), rel=1e-6)
 
 
 def test_bf16_trains_and_keeps_weights_in_fp32(tmp_path):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from truth.toy_training import LOOP
 
-from raphael.train.ema import Ema
+from raphael.train.ema import Ema, Landing
 from raphael.train.optim import clip_gradients, learning_rate, make_optimizer, parameter_groups
 
 
@@ -109,3 +109,48 @@ def test_the_average_follows_its_formula():
     with ema.applied():
         assert torch.equal(weight, ema.average["w"])
     assert torch.equal(weight, own)
+
+
+def test_an_average_that_starts_late_is_the_weights_until_then_and_forgets_what_was_before():
+    weight = nn.Parameter(torch.zeros(3))
+    ema, truth = Ema({"w": weight}, 0.7, start=4), None
+    for count in range(1, 20):
+        with torch.no_grad():
+            weight += count
+        ema.update(count)
+        if count == 4:
+            truth = weight.detach().clone()
+        if count < 5:
+            assert torch.equal(ema.weights()["w"], weight)
+            continue
+        decay = min(0.7, (1 + count - 4) / (10 + count - 4))
+        truth = decay * truth + (1 - decay) * weight.detach()
+        torch.testing.assert_close(ema.weights()["w"], truth)
+
+
+def test_an_average_in_main_memory_is_the_same_whenever_it_is_looked_at():
+    """The landing is what an average of a GPU's parameters goes through; here it lands from main memory itself."""
+    weight = nn.Parameter(torch.zeros(5, 2))
+    direct, landed = Ema({"w": weight}, 0.9), Ema({"w": weight}, 0.9)
+    landed.landing = Landing({"w": weight})
+    for count in range(1, 12):
+        with torch.no_grad():
+            weight += torch.sin(torch.arange(10.0) * count).view(5, 2)
+        for ema in (direct, landed):
+            ema.update(count)
+        if count % 3 == 0:
+            with landed.applied():
+                assert torch.equal(weight, direct.average["w"])
+    assert torch.equal(landed.weights()["w"], direct.weights()["w"])
+    assert landed.update(12) is None and not torch.equal(landed.average["w"], weight)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_parameter_is_in_one_group_of_one_optimizer(optimizer):
+    module = nn.ModuleDict(
+        {"linear": nn.Linear(4, 4), "conv": nn.Conv2d(2, 2, 3), "norm": nn.LayerNorm(4), "odd": Odd()}
+    )
+    groups = make_optimizer(module, replace(LOOP, optimizer=optimizer)).param_groups
+    members = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(members) == sorted(id(parameter) for parameter in module.parameters())
+    assert all(group["params"] for group in groups)

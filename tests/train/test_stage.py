@@ -18,7 +18,7 @@ from raphael.train.denoiser import Folders, check_fit, sample_prompts
 
 LOOP = {
     "num_images": 64, "batch_size": 8, "log_every_images": 16, "checkpoint_every_images": 16, "sample_every_images": 32,
-    "warmup_images": 16,
+    "warmup_images": 16, "heldout_every_images": 32, "ema_more_decays": [0.5],
 }  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def start(workspace, **environment):
 @pytest.fixture(scope="module")
 def template(tmp_path_factory):
     folder = tmp_path_factory.mktemp("template")
-    write_workspace(folder, {"train": {"num_workers": 0, "loop": LOOP}})
+    write_workspace(folder, {"train": {"num_workers": 0, "num_heldout": 8, "loop": LOOP}})
     return folder
 
 
@@ -64,12 +64,19 @@ def test_the_stage_leaves_a_whole_pipeline_folder_and_a_report(trained):
     folder, out = trained
     model = folder / "models/raphael"
     groups, meta = read_checkpoint(model)
-    assert set(groups) == {"ema", "raw"} and groups["ema"].keys() == groups["raw"].keys()
+    assert set(groups) == {"ema", "ema_0.5", "raw"}
+    assert groups["ema"].keys() == groups["ema_0.5"].keys() == groups["raw"].keys()
+    heldout = json.loads((model / "heldout.json").read_text())
+    assert [point["images"] for point in heldout] == [0, 32, 64] and "heldout/ema_0.5/denoise_t/3" in heldout[0]
     assert {"unet", "diffusion", "picture", "mean_over", "git_revision", "records_sha256", "images_seen"} <= set(meta)
     assert meta["images_seen"] == 64
-    assert sorted(path.name for path in (model / "samples").iterdir()) == ["000000.png", "000032.png", "000064.png"]
+    for folder_of_grids in (model / "samples", model / "samples/raw"):
+        drawn = sorted(path.name for path in folder_of_grids.glob("*.png"))
+        assert drawn == ["000000.png", "000032.png", "000064.png"]
     curves = json.loads((model / "curves.json").read_text())
     assert [point["images"] for point in curves] == [16, 32, 48, 64] and "train/edge" in curves[0]
+    assert {"train/gate_entropy/space", "train/gate_entropy/time"} <= curves[0].keys()
+    assert not any("images_per_s" in name or "memory" in name for name in curves[0])  # of this machine, not of this run
     assert (model / "autoencoder").is_dir() and (model / "text_encoder").is_dir()
     report = json.loads((folder / "reports/train.json").read_text())
     assert report["total"] == report["kept"] == 64 and report["parameters"] > 0
@@ -97,6 +104,7 @@ def test_the_run_is_in_mlflow_with_its_model(trained):
     assert run.info.status == "FINISHED" and run.data.params["train.loop.num_images"] == "64"
     steps = [point.step for point in client.get_metric_history(record["run_id"], "train/loss")]
     assert steps == [16, 32, 48, 64] and run.data.metrics["train/images_per_s"] > 0
+    assert run.data.metrics["train/tflop_per_s"] > 0 and 0 <= run.data.metrics["train/loader_wait"] < 1
     assert {entry.dataset.name for entry in run.inputs.dataset_inputs} == {"records"}
     (model,) = client.search_registered_models()
     assert model.name == "raphael" and model.latest_versions[0].run_id == record["run_id"]

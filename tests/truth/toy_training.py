@@ -62,7 +62,15 @@ class ToyObjective(nn.Module):
         if self.poison is not None:
             error = error * torch.where(batch["index"] == self.poison, torch.inf, 1.0)
         loads = torch.stack([(batch["kind"] == kind).float().mean() for kind in range(3)])
-        return {"loss": error.mean(), "error": error.mean(), "load": loads}
+        kinds = torch.nn.functional.one_hot(batch["kind"], 3).float()
+        by_kind = {"of_kind": (error[:, None] * kinds).mean(0), "of_kind.share": kinds.mean(0)}
+        return {"loss": error.mean(), "error": error.mean(), "load": loads, **by_kind}
+
+    def heldout(self, batch, rng, place):
+        """A loss of each sample at the noise level `place`."""
+        noise = rng.normal("noise", (6,))
+        x = self.norm(self.frozen(batch["x"]) + place[:, None].float() * noise)
+        return (self.head(self.experts[0](x).tanh()) - noise).pow(2).mean(1)
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
