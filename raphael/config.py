@@ -199,7 +199,7 @@ class LoopConfig:
                 f"ema_start_images: got {self.ema_start_images} of {self.num_images} images, expected fewer: averages "
                 "would never begin"
             )
-        decays = tuple(self.averages.values())
+        decays = (self.ema_decay, *self.ema_more_decays)
         if self.ema_more_decays and (0 in decays or len(set(decays)) < len(decays)):
             raise ValueError(
                 f"ema_more_decays: got {list(self.ema_more_decays)} beside ema_decay {self.ema_decay:g}, expected "
