@@ -50,6 +50,10 @@ class UNetConfig:
     moe_residual: bool  # h + MoE(h) around both mixtures; the paper writes none
     moe_norm: bool  # LayerNorm per pixel before both mixtures; the paper writes none
     pooled_text: bool  # res-blocks also read the caption as a whole (not in the paper; gates never do)
+    # What Stable Diffusion's own U-Net has; with defaults, since checkpoints from before do not name them
+    num_heads: Annotated[int, Range(0)] = 0  # of every attention, whatever its width; 0: width / head_dim
+    proj_in: bool = False  # a 1x1 convolution after a block's first norm, and that norm's eps 1e-6
+    expert_activation: Literal["gelu", "geglu"] = "gelu"  # geglu: as dense_activation
 
     @property
     def num_blocks(self) -> int:
@@ -67,9 +71,9 @@ class UNetConfig:
             if width % self.norm_groups:
                 raise ValueError(f"channels: got {width}, expected a multiple of norm_groups {self.norm_groups}")
         for level in {*self.attention_levels, len(self.channels) - 1}:  # the middle has a transformer block too
-            if self.channels[level] % self.head_dim:
-                got = self.channels[level]
-                raise ValueError(f"channels: got {got}, expected a multiple of head_dim {self.head_dim}")
+            got, name = self.channels[level], "num_heads" if self.num_heads else "head_dim"
+            if got % getattr(self, name):
+                raise ValueError(f"channels: got {got}, expected a multiple of {name} {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

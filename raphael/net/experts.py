@@ -1,6 +1,9 @@
 """K feed-forward experts of one shape, and two ways to compute their weighted sum.
 
-    sum_k w_k(p) e_k(h_p),      e_k(h) = W2_k gelu(W1_k h + b1_k) + b2_k
+    sum_k w_k(p) e_k(h_p),      e_k(h) = W2_k act(W1_k h + b1_k) + b2_k
+
+act is gelu, the paper's, or geglu, Stable Diffusion's (arXiv 2002.05202): W1 h is then twice as wide as W2 reads, one
+half the value and the other its gate, v * gelu(g).
 
 fused     two wide matrix products over all pixels and all experts, the weights folded on the hidden layer: few
           kernels, nothing waits for the device. Cost: K evaluations a pixel.
@@ -21,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Plan = Literal["auto", "fused", "covered"]
+Activation = Literal["gelu", "geglu"]
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -28,21 +32,30 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x)
 
 
+def activate(x: Tensor, hidden: int) -> Tensor:
+    """gelu(x) for x (..., hidden); value * gelu(gate) for x (..., 2 hidden) = (value, gate). -> (..., hidden)"""
+    if x.shape[-1] == hidden:
+        return gelu(x)
+    value, gate = x.chunk(2, dim=-1)
+    return value * gelu(gate)
+
+
 class ExpertBank(nn.Module):
-    """K feed-forward nets e_k(h) = W2_k gelu(W1_k h + b1_k) + b2_k of one shape, their weights stacked along K."""
+    """K feed-forward nets e_k(h) = W2_k act(W1_k h + b1_k) + b2_k of one shape, their weights stacked along K."""
 
     decayed = ("w1", "w2")  # matrices that mix features: they have weight decay (raphael/train/optim.py)
 
-    def __init__(self, dim: int, num_experts: int, expansion: float):
+    def __init__(self, dim: int, num_experts: int, expansion: float, activation: Activation = "gelu"):
         super().__init__()
         hidden = round(dim * expansion)
+        rows = 2 * hidden if activation == "geglu" else hidden
         if dim < 1 or num_experts < 1 or hidden < 1:
             raise ValueError(
                 f"experts: got dim {dim}, num_experts {num_experts}, expansion {expansion}; expected at least 1 expert "
                 "of width and hidden width (dim * expansion) at least 1"
             )
-        self.w1 = nn.Parameter(torch.empty(num_experts, hidden, dim))
-        self.b1 = nn.Parameter(torch.zeros(num_experts, hidden))
+        self.w1 = nn.Parameter(torch.empty(num_experts, rows, dim))
+        self.b1 = nn.Parameter(torch.zeros(num_experts, rows))
         self.w2 = nn.Parameter(torch.empty(num_experts, dim, hidden))
         self.b2 = nn.Parameter(torch.zeros(num_experts, dim))
         self._at_zero: tuple[Any, Tensor] | None = None
@@ -71,7 +84,7 @@ class ExpertBank(nn.Module):
         return weights if on is None or self.w1.dtype == torch.float64 else tuple(w.to(on[1]) for w in weights)
 
     def _wide(self) -> tuple[Tensor, ...]:
-        """W1 (K F, D), b1 (K F), W2 (D, K F), b2 (K, D): the experts side by side."""
+        """W1 (K F, D), b1 (K F), W2 (D, K F), b2 (K, D): the experts side by side; F of W1 doubled with geglu."""
         w1, b1, w2, b2 = self._cast()
         return w1.flatten(0, 1), b1.flatten(), w2.permute(1, 0, 2).flatten(1), b2
 
@@ -105,7 +118,7 @@ class ExpertBank(nn.Module):
         return self._at_zero[1]
 
     def _compute_at_zero(self) -> Tensor:
-        return torch.einsum("kf,kdf->kd", gelu(self.b1), self.w2) + self.b2
+        return torch.einsum("kf,kdf->kd", activate(self.b1, self.w2.shape[2]), self.w2) + self.b2
 
     def _apply(self, fn, recurse: bool = True):
         self._at_zero = None  # weights move: another place may be one that was seen before
@@ -126,10 +139,10 @@ class ExpertBank(nn.Module):
     def _fused(self, h_BPD: Tensor, weight_BPK: Tensor) -> Tensor:
         """The weight multiplies the hidden layer, so the second product's accumulator does the sum over experts."""
         B, P, _ = h_BPD.shape
-        K, hidden, _ = self.w1.shape
+        K, _, hidden = self.w2.shape
         w1, b1, w2, b2 = self._keep(1, self._wide)
-        a = gelu(F.linear(h_BPD, w1, b1))  # (B, P, K F)
-        a = (a.view(B, P, K, hidden) * weight_BPK.unsqueeze(-1).to(a)).view(B, P, K * hidden)
+        a = activate(F.linear(h_BPD, w1, b1).view(B, P, K, -1), hidden)  # (B, P, K, F)
+        a = (a * weight_BPK.unsqueeze(-1).to(a)).view(B, P, K * hidden)
         out = F.linear(a, w2)  # (B, P, D)
         return out + (weight_BPK.to(out) @ b2.to(out))
 
@@ -166,9 +179,9 @@ class ExpertBank(nn.Module):
 
 
 def feed_forward(h: Tensor, expert: tuple[Tensor, ...]) -> Tensor:
-    """W2 gelu(W1 h + b1) + b2, h (..., D) -> (..., D)."""
+    """W2 act(W1 h + b1) + b2, h (..., D) -> (..., D)."""
     w1, b1, w2, b2 = expert
-    return F.linear(gelu(F.linear(h, w1, b1)), w2, b2)
+    return F.linear(activate(F.linear(h, w1, b1), w2.shape[-1]), w2, b2)
 
 
 def choose_plan(h_BPD: Tensor, hidden: int) -> Literal["fused", "covered"]:

@@ -73,16 +73,19 @@ class RaphaelBlock(nn.Module):
     def __init__(self, config: UNetConfig, dim: int, time_dim: int, index: int):
         super().__init__()
         self.index = index
-        self.norm_in = nn.GroupNorm(config.norm_groups, dim)
+        self.norm_in = nn.GroupNorm(config.norm_groups, dim, eps=1e-6 if config.proj_in else 1e-5)
+        self.proj_in = nn.Conv2d(dim, dim, 1) if config.proj_in else None
         norms = [True, True, config.moe_norm, config.moe_norm]
         self.norms = nn.ModuleList(nn.LayerNorm(dim) if norm else nn.Identity() for norm in norms)
-        self.self_attention = SelfAttention(dim, config.head_dim)
-        self.cross_attention = CrossAttention(dim, config.context_dim, config.head_dim, config.mask_source)
+        head_dim = dim // config.num_heads if config.num_heads else config.head_dim
+        self.self_attention = SelfAttention(dim, head_dim)
+        self.cross_attention = CrossAttention(dim, config.context_dim, head_dim, config.mask_source)
         gate = {
             "expansion": config.expansion,
             "gate_hidden": config.gate_hidden,
             "gate_noise": config.gate_noise,
             "gate_gradient": config.gate_gradient,
+            "activation": config.expert_activation,
         }
         self.time_moe = self.space_moe = self.edge_head = None
         if config.time_layer == "moe":
@@ -118,7 +121,8 @@ class RaphaelBlock(nn.Module):
         _, _, height, width = x.shape
         noise = cond.gate_noise
         text = cond.texts[self.index] if cond.texts is not None else None
-        h = self.norm_in(x).flatten(2).mT.contiguous()  # (B, P, D); a copy only where x is not channels_last
+        h = self.norm_in(x) if self.proj_in is None else self.proj_in(self.norm_in(x))
+        h = h.flatten(2).mT.contiguous()  # (B, P, D); a copy only where x is not channels_last
         site = AttentionSite("self", self.index, height, width)
         h = h + self.self_attention(self.norms[0](h), site, cond.edit)
         site = AttentionSite("cross", self.index, height, width)

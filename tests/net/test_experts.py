@@ -225,3 +225,26 @@ def test_kept_casts_are_no_part_of_a_gradient_and_go_when_the_module_moves():
     assert bank.weighted_sum(h, weight, "fused").requires_grad
     with torch.no_grad():
         torch.testing.assert_close(bank.double().weighted_sum(h.double(), weight.double(), "fused"), want.double())
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_gated_experts_are_a_value_times_the_gelu_of_a_gate_in_every_plan(plan):
+    torch.manual_seed(0)
+    moe = SpaceMoE(D, C, K, expansion=2, mask_threshold=0.5, activation="geglu").double().eval()
+    with torch.no_grad():
+        for parameter in moe.experts.parameters():
+            parameter.normal_()
+    moe.plan = plan
+    h, context, attention = inputs()
+    fast, _ = moe(h, context, attention)
+    expert_BN, _, _ = moe.gate(context)
+    normal = torch.distributions.Normal(0, 1)
+    inside = attention >= 0.5 * attention.amax(1, keepdim=True)
+    slow = torch.zeros_like(h)
+    for b in range(B):
+        for i in range(N):
+            w1, b1, w2, b2 = (weights[expert_BN[b, i]] for weights in moe.experts.parameters())
+            masked = h[b] * inside[b, :, i, None]
+            value, gate = (masked @ w1.T + b1).split(2 * D, dim=1)
+            slow[b] += (value * gate * normal.cdf(gate)) @ w2.T + b2
+    torch.testing.assert_close(fast, slow / N, rtol=0, atol=1e-11)
