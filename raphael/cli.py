@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--num-words", type=int, default=24, help="the most frequent ones (default: %(default)s)")
     command.add_argument("--out", type=Path, default=Path("reports/figures"), help="default: %(default)s")
 
+    _move_commands(commands)
     command = commands.add_parser("model", help="what a preset is made of, without its weights")
     actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
     show = actions.add_parser("show", help="tree, parameters, FLOPs for each picture size, memory for training")
@@ -90,6 +91,22 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, default=Path("reports/compare.html"), help="default: %(default)s")
     command.set_defaults(act=_compare)
     return parser
+
+
+def _move_commands(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("export", help="write a checkpoint in a form that other programs read")
+    command.add_argument("checkpoint", type=Path, help="a pipeline folder, such as models/raphael")
+    command.add_argument("--out", type=Path, required=True, help="a new folder")
+    command.add_argument("--format", choices=("diffusers", "safetensors"), default="diffusers", help="default: %(default)s")
+    command.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged or last (default: ema)")
+    command.set_defaults(act=_export)
+    command = commands.add_parser("import", help="a Stable Diffusion of diffusers, or an export, as a pipeline folder")
+    command.add_argument("source", type=Path, help="a folder of diffusers, or a file of raphael export")
+    command.add_argument("--out", type=Path, required=True, help="a new folder")
+    command.add_argument("--preset", default="sd", help="whose experts a Stable Diffusion gets (default: %(default)s)")
+    for layer in ("time", "space"):
+        command.add_argument(f"--{layer}-layer", choices=("moe", "dense", "none"), help="instead of the preset's")
+    command.set_defaults(act=_import)
 
 
 def _sampler_arguments(command: argparse.ArgumentParser) -> None:
@@ -150,6 +167,21 @@ def _size(text: str) -> tuple[int, int]:
     if not (height.isdecimal() and width.isdecimal()):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected HxW such as 64x96")
     return int(height), int(width)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from raphael.generate.export import export
+
+    print(export(arguments.checkpoint, arguments.out, arguments.format, arguments.weights))
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from raphael.generate.import_model import import_model
+
+    layers = {"time_layer": arguments.time_layer, "space_layer": arguments.space_layer}
+    layers = {name: layer for name, layer in layers.items() if layer}
+    print(import_model(arguments.source, arguments.out, arguments.preset, layers))
+    print(arguments.out)
 
 
 def _generate(arguments: argparse.Namespace) -> None:

@@ -308,10 +308,17 @@ class TrainConfig:
     num_sample_prompts: Count
     sample_weights: tuple[str, ...]  # which weights draw them: raw, ema, ema_<decay> of loop.ema_more_decays
     num_heldout: NonNegative  # records kept out of training, for the held-out loss (raphael/train/heldout.py)
+    init_from: str  # a pipeline folder whose averaged weights the training begins with; "": from nothing
+    init_sha256: str  # of that checkpoint, its first 16 digits or more: another one there is another training
     parallel: ParallelConfig
     loop: LoopConfig
 
     def __post_init__(self) -> None:
+        if bool(self.init_from) != bool(self.init_sha256):
+            raise ValueError(
+                f"init_sha256: got {self.init_sha256!r} with init_from {self.init_from!r}, expected both or neither; "
+                "raphael train --from sets them"
+            )
         if self.balance == "loss_free" and self.parallel.micro_batch:
             raise ValueError(
                 f"parallel.micro_batch: got {self.parallel.micro_batch} with balance loss_free, expected 0: its biases "

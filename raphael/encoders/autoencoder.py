@@ -164,6 +164,7 @@ def _load_kl(spec: str) -> nn.Module:
         return AutoencoderKL.from_pretrained(
             str(local) if local.is_dir() else spec,
             local_files_only=local.is_dir(),
+            use_safetensors=True,  # a pickle can run code when it is read
             torch_dtype=torch.float32,
             low_cpu_mem_usage=False,  # the other way wants accelerate, and says so at length
         )

@@ -11,6 +11,7 @@ from typing import Any
 from raphael.stage import StageError, read_json, write_json
 
 POINTER = "pointer.json"  # a folder with this file stands for what lies elsewhere
+HERE = "{here}"  # in a pointer's spec: the pointer's own folder, so that both move together
 CONFIG = "config.json"
 MAX_COPY_BYTES = 1 << 30  # larger weights are pointed at, not copied
 
@@ -27,7 +28,7 @@ def follow(spec: str | Path) -> str:
     data = read_json(pointer)
     if not isinstance(data, dict) or not isinstance(data.get("spec"), str):
         raise PretrainedError(f'{pointer}: got {json.dumps(data)[:100]}, expected {{"spec": "<folder or hub id>"}}')
-    return data["spec"]
+    return data["spec"].replace(HERE, str(spec))
 
 
 def pointed_facts(folder: str | Path) -> dict[str, Any]:

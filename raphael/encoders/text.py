@@ -175,7 +175,7 @@ def _load_transformers(kind: str, where: str, context_length: int | None) -> Tex
     with one_line(f"the text encoder {kind}", where, "config.json, model.safetensors and the tokenizer's files"):
         tokenizer = AutoTokenizer.from_pretrained(target, local_files_only=local_only)
         model = (T5EncoderModel if kind == "t5" else CLIPTextModel).from_pretrained(
-            target, local_files_only=local_only, dtype=torch.float32
+            target, local_files_only=local_only, use_safetensors=True, dtype=torch.float32
         )
     longest = T5_CONTEXT if kind == "t5" else model.config.max_position_embeddings
     if kind == "clip" and context_length and context_length > longest:

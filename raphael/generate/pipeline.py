@@ -62,7 +62,7 @@ class RaphaelPipeline:
     def from_pretrained(cls, path: str | Path, weights: str = WEIGHTS) -> RaphaelPipeline:
         """Read a pipeline folder (models/raphael). Raises StageError: absent, broken, or of another shape."""
         folder = Path(path)
-        if not folder.is_dir():
+        if not folder.exists():  # of a file, a pickle too, read_checkpoint says what it is
             raise StageError(f"{path}: no such folder; expected a trained pipeline (run the stage train, or dvc pull)")
         groups, meta = read_checkpoint(folder, [weights])
         unet = UNet(load(UNetConfig, meta["unet"], str(folder / "meta.json"), "unet"))

@@ -82,7 +82,7 @@ def decisive(config: Config) -> dict[str, Any]:
     from raphael.train.state import FREE
 
     settings = to_dict(config.train)
-    for name in ("parallel", "num_workers", "use_gpu"):
+    for name in ("parallel", "num_workers", "use_gpu", "init_from"):  # where it lies; init_sha256 says what it is
         del settings[name]
     keep = () if config.train.loop.schedule == "constant" else ("num_images",)
     settings["loop"] = {name: value for name, value in settings["loop"].items() if name not in FREE or name in keep}
@@ -231,6 +231,8 @@ def write_export(
         "records_sha256": read_manifest(folders.records, FORM)["sha256"],
         "images_seen": meta["images_seen"],
     }
+    if config.train.init_from:
+        about["init_sha256"] = config.train.init_sha256
     export = folders.work / "export"
     further = {name: {**raw, **unet_weights(groups[name])} for name in config.train.loop.averages if name != "ema"}
     write_checkpoint(export, {"ema": averaged, **further, "raw": raw}, about)

@@ -79,6 +79,7 @@ def build_denoising(config: Config, folders: Folders) -> tuple[DenoisingObjectiv
     from raphael.encoders.text import load_text_encoder
     from raphael.net.unet import UNet
     from raphael.objectives.denoising import DenoisingObjective, LatentScale
+    from raphael.train.start import begin_from
 
     preset = config.model.load()
     records = Records(folders.records)
@@ -88,6 +89,8 @@ def build_denoising(config: Config, folders: Folders) -> tuple[DenoisingObjectiv
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         unet = UNet(preset.unet).to(memory_format=torch.channels_last)  # convolutions on a CPU: 8 % faster
+    if config.train.init_from:
+        begin_from(unet, config.train, preset)
 
     def encode(token_ids: Tensor) -> TextCondition:
         # a function, so that the frozen encoder is no part of what is trained and saved

@@ -75,7 +75,8 @@ class Hooks:
     weights, each of sample_weights in turn ("raw", "ema" ...). It is called on every rank where weights are shared out,
     since a forward then needs all; rank 0 keeps them. heldout() -> losses of the weights that the objective has, by
     name; it is called on every rank, for the raw weights and every average, and must change nothing.
-    progress(images): a step ended. say(line): something a person should read.
+    progress(images): a step ended. say(line): something a person should read. enough(history): whether to end before
+    num_images; asked on every rank, so it must be a function of the points logged alone (raphael/train/start.py).
     """
 
     on_log: Callable[[dict[str, float], int], None] = _nothing
@@ -84,6 +85,7 @@ class Hooks:
     heldout: Callable[[], dict[str, float]] | None = None
     progress: Callable[[int], None] = _nothing
     say: Callable[[str], None] = print
+    enough: Callable[[list[dict[str, float]]], bool] = lambda _: False
 
 
 def train(
@@ -139,7 +141,7 @@ def train(
         while True:
             # Periodic work. At the very image count of a checkpoint it was all done before that was written.
             watchdog.at("between two steps", state.images)
-            done = state.images >= loop.num_images
+            done = state.images >= loop.num_images or hooks.enough(state.history)
             stopping = stop.requested and world.size == 1
             if state.images != resumed_at:
                 if state.summed_steps and (done or _due(loop.log_every_images, state)):
@@ -149,6 +151,7 @@ def train(
                     point["train/learning_rate"] = learning_rate(state.images, loop)
                     state.history.append({"images": state.images, **point})
                     state.sums, state.summed_steps = {}, 0
+                    done = done or hooks.enough(state.history)
                     if chief:
                         shown = {**point, **meter.point(state.images)}
                         if tracker is not None:
