@@ -97,9 +97,16 @@ def _move_commands(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("export", help="write a checkpoint in a form that other programs read")
     command.add_argument("checkpoint", type=Path, help="a pipeline folder, such as models/raphael")
     command.add_argument("--out", type=Path, required=True, help="a new folder")
-    command.add_argument("--format", choices=("diffusers", "safetensors"), default="diffusers", help="default: %(default)s")
+    command.add_argument(
+        "--format", choices=("diffusers", "safetensors"), default="diffusers", help="default: %(default)s"
+    )
     command.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged or last (default: ema)")
     command.set_defaults(act=_export)
+    # its own program reads its arguments: here "-" is no sign of an option
+    text = "fine-tune a checkpoint on pictures with captions: raphael train --help"
+    command = commands.add_parser("train", help=text, add_help=False, prefix_chars="\0")
+    command.add_argument("rest", nargs="*")
+    command.set_defaults(act=_train)
     command = commands.add_parser("import", help="a Stable Diffusion of diffusers, or an export, as a pipeline folder")
     command.add_argument("source", type=Path, help="a folder of diffusers, or a file of raphael export")
     command.add_argument("--out", type=Path, required=True, help="a new folder")
@@ -173,6 +180,14 @@ def _export(arguments: argparse.Namespace) -> None:
     from raphael.generate.export import export
 
     print(export(arguments.checkpoint, arguments.out, arguments.format, arguments.weights))
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    import subprocess
+
+    status = subprocess.run([sys.executable, "-m", "flows.finetune", *arguments.rest]).returncode
+    if status:
+        raise StageError("its message is above")
 
 
 def _import(arguments: argparse.Namespace) -> None:

@@ -1,9 +1,9 @@
 """`raphael export`: a trained pipeline in the forms that other programs read. Nothing in them is pickled.
 
 diffusers      a folder: model_index.json, unet/, vae/ (AutoencoderKL's own), scheduler/ (what diffusers' schedulers
-               load), text_encoder/ and tokenizer/; own_text_encoder/ where ours is no transformers folder. Text tower and autoencoder load by their own libraries; the U-Net's
-               class is RAPHAEL's, which no other library has: unet/config.json is its shape, its weights are named as
-               in raphael/net/unet.py.
+               load), text_encoder/ and tokenizer/; own_text_encoder/ where ours is no transformers folder. Text tower
+               and autoencoder load by their own libraries; the U-Net's class is RAPHAEL's, which no other library has:
+               unet/config.json is its shape, its weights are named as in raphael/net/unet.py.
 safetensors    one file: the averaged weights, the autoencoder, the text encoder; in its header all that JSON says.
 
 Both come back by `raphael import` (raphael/generate/import_model.py), to the last bit.
@@ -41,7 +41,9 @@ def export(checkpoint: str | Path, out: Path, form: Format, weights: str = "ema"
     """
     source = Path(checkpoint)
     if not source.exists():
-        raise StageError(f"{checkpoint}: no such folder; expected a trained pipeline (run the stage train, or dvc pull)")
+        raise StageError(
+            f"{checkpoint}: no such folder; expected a trained pipeline (run the stage train, or dvc pull)"
+        )
     groups, meta = read_checkpoint(source, [weights])
     meta = {**meta, "weights": weights, "checkpoint_sha256": checkpoint_sha256(source)}
     if form == "safetensors":

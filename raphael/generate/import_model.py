@@ -86,7 +86,9 @@ def _from_single(file: Path, out: Path) -> str:
 
     tensors, header = _read_tensors(file)
     if header.get("form") != SINGLE_FORM:
-        raise StageError(f"{file}: got form {header.get('form')!r}, expected {SINGLE_FORM!r}, what raphael export writes")
+        raise StageError(
+            f"{file}: got form {header.get('form')!r}, expected {SINGLE_FORM!r}, what raphael export writes"
+        )
     files: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         place, _, key = name.partition(":")

@@ -116,7 +116,7 @@ def config_from(theirs: dict[str, Any], like: UNetConfig) -> UNetConfig:
 
 
 def _heads(theirs: dict[str, Any], channels: tuple[int, ...]) -> dict[str, int]:
-    """diffusers' attention_head_dim is the number of heads, of all levels (8 in 1.5) or of each (5, 10, 20, 20 in 2)."""
+    """attention_head_dim is the number of heads: of all levels (8 in 1.5) or of each (5, 10, 20, 20 in 2)."""
     heads = theirs.get("num_attention_heads") or theirs["attention_head_dim"]
     if isinstance(heads, int) or len(set(heads)) == 1:
         return {"num_heads": heads if isinstance(heads, int) else heads[0], "head_dim": 1}

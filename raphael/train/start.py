@@ -24,7 +24,7 @@ def begin_from(unet: UNet, config: TrainConfig, preset: Preset) -> None:
     """
     folder = Path(config.init_from)
     if not folder.exists():
-        raise StageError(f"train.init_from: {folder}: no such folder; expected a pipeline folder such as models/raphael")
+        raise StageError(f"train.init_from: {folder}: no such folder; expected a pipeline folder (models/raphael)")
     found = checkpoint_sha256(folder)
     if not found.startswith(config.init_sha256):
         raise StageError(

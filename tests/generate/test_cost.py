@@ -9,7 +9,7 @@ UNIT = Gpu("unit", 1e12, 3.0)  # a teraflop a second, three dollars an hour
 
 
 def test_hours_and_money_are_the_arithmetic_of_a_hand():
-    """3600 images x (3 x 2 + 1) TFLOP at half of 1 TFLOP/s: 14 hours; 1800 pictures x 0.3 TFLOP at 30 %: half an hour."""
+    """3600 images x (3 x 2 + 1) TFLOP at half of 1 TFLOP/s: 14 h; 1800 pictures x 0.3 TFLOP at 30 %: 0.5 h."""
     cost = cost_of(Work(2e12, 1e12, 0.3e12), Scenario("", 3600, 1800, UNIT, 0.5))
     assert cost.hours == pytest.approx(14.5) and cost.usd == pytest.approx(43.5)
     assert cost.flop == pytest.approx(3600 * 7e12 + 1800 * 0.3e12)
@@ -25,7 +25,7 @@ def test_the_images_that_a_budget_sees_cost_that_budget():
 
 
 def test_a_published_run_comes_out_as_published():
-    """MosaicML's README, as derived from it: 290 images/s of Stable Diffusion 2 at 512 px (0.804 TFLOP) on 8 A100: 28.0 %"""
+    """MosaicML: 290 images/s of Stable Diffusion 2 at 512 px (0.804 TFLOP) on 8 A100 are 28.0 %"""
     assert mfu_of(Work(0.804e12, 0, 0), 290 * 3600, A100, 8) == pytest.approx(0.280, abs=5e-4)
 
 

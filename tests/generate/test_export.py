@@ -128,7 +128,9 @@ def test_pickles_are_refused_everywhere_and_never_read(model, tmp_path):
         lambda: import_model(tmp_path / "sd", tmp_path / "c"),
         lambda: RaphaelPipeline.from_pretrained(bomb),
     ):
-        with pytest.raises((StageError, CheckpointError), match="a pickle, which can run code when it is read: refused"):
+        with pytest.raises(
+            (StageError, CheckpointError), match="a pickle, which can run code when it is read: refused"
+        ):
             act()
     assert not (tmp_path / "exploded").exists()
 

@@ -1,0 +1,179 @@
+"""The cluster recipes against Ray's own schema, a small one of KubeRay's, and what the project needs of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flows import settings
+from raphael.config import load_config
+from raphael.preset import load_preset
+
+PROJECT = Path(__file__).parents[1]
+CLUSTER = PROJECT / "cluster"
+GPUS = 32
+
+STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
+CONTAINER = {
+    "type": "object",
+    "required": ["name", "image", "resources"],
+    "additionalProperties": False,
+    "properties": {
+        "name": {"type": "string", "pattern": "^[a-z0-9-]+$"},
+        "image": {"type": "string"},
+        "env": {"type": "array", "items": {"type": "object", "required": ["name", "value"]}},
+        "resources": {
+            "type": "object",
+            "required": ["limits", "requests"],
+            "properties": {"limits": STRINGS, "requests": STRINGS},
+        },
+        "volumeMounts": {"type": "array", "items": {"type": "object", "required": ["name", "mountPath"]}},
+    },
+}
+TEMPLATE = {
+    "type": "object",
+    "required": ["spec"],
+    "properties": {
+        "spec": {
+            "type": "object",
+            "required": ["containers"],
+            "properties": {"containers": {"type": "array", "minItems": 1, "items": CONTAINER}},
+        }
+    },
+}
+GROUP = {"rayStartParams": STRINGS, "template": TEMPLATE}
+WORKERS = {
+    **GROUP,
+    "groupName": {"type": "string"},
+    **{name: {"type": "integer", "minimum": 0} for name in ("replicas", "minReplicas", "maxReplicas")},
+}
+KUBERAY = {  # the fields of ray.io/v1 RayJob that we use, no others
+    "type": "object",
+    "required": ["apiVersion", "kind", "metadata", "spec"],
+    "properties": {
+        "apiVersion": {"const": "ray.io/v1"},
+        "kind": {"const": "RayJob"},
+        "spec": {
+            "type": "object",
+            "required": ["entrypoint", "rayClusterSpec"],
+            "additionalProperties": False,
+            "properties": {
+                "entrypoint": {"type": "string"},
+                "submissionMode": {"enum": ["K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode"]},
+                "backoffLimit": {"type": "integer"},
+                "shutdownAfterJobFinishes": {"type": "boolean"},
+                "ttlSecondsAfterFinished": {"type": "integer"},
+                "rayClusterSpec": {
+                    "type": "object",
+                    "required": ["rayVersion", "headGroupSpec", "workerGroupSpecs"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "rayVersion": {"type": "string"},
+                        "authOptions": {"type": "object", "properties": {"mode": {"enum": ["disabled", "token"]}}},
+                        "enableInTreeAutoscaling": {"type": "boolean"},
+                        "autoscalerOptions": {"type": "object"},
+                        "headGroupSpec": {
+                            "type": "object",
+                            "required": list(GROUP),
+                            "additionalProperties": False,
+                            "properties": GROUP,
+                        },
+                        "workerGroupSpecs": {
+                            "type": "array",
+                            "minItems": 1,
+                            "items": {
+                                "type": "object",
+                                "required": list(WORKERS),
+                                "additionalProperties": False,
+                                "properties": WORKERS,
+                            },
+                        },
+                    },
+                },
+            },
+        },
+    },
+}
+
+
+def read(name: str) -> dict:
+    return yaml.safe_load((CLUSTER / name).read_text(encoding="utf-8"))
+
+
+def installed(package: str) -> Path:
+    """Where a package lies, without importing it."""
+    from importlib.util import find_spec
+
+    return Path(find_spec(package).origin).parent
+
+
+def locked(package: str) -> str:
+    lines = (PROJECT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    (version,) = [line.split("==")[1].split()[0] for line in lines if line.startswith((f"{package}==", f"{package}["))]
+    return version
+
+
+def test_the_autoscaling_cluster_fits_rays_own_schema():
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads((installed("ray") / "autoscaler/ray-schema.json").read_text(encoding="utf-8"))
+    jsonschema.validate(read("ray-cluster.yaml"), schema)
+
+
+def test_the_job_fits_kuberays_form():
+    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema.validate(read("kuberay-job.yaml"), KUBERAY)
+
+
+def test_both_clusters_grow_to_the_gpus_that_the_settings_ask_for():
+    """8 GPUs a node: p5.48xlarge has eight, as the manifest's limits say."""
+    nodes = read("ray-cluster.yaml")
+    assert nodes["available_node_types"]["gpu8"]["max_workers"] * 8 == GPUS
+    assert nodes["max_workers"] == nodes["available_node_types"]["gpu8"]["max_workers"]
+    assert nodes["head_node_type"] in nodes["available_node_types"]
+    (group,) = read("kuberay-job.yaml")["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    assert group["maxReplicas"] * int(container["resources"]["limits"]["nvidia.com/gpu"]) == GPUS
+    assert read("params.raphael-3b.yaml")["train"]["num_workers"] == GPUS
+
+
+def test_every_volume_that_is_mounted_is_there():
+    spec = read("kuberay-job.yaml")["spec"]["rayClusterSpec"]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        names = {volume["name"] for volume in pod["volumes"]}
+        for container in pod["containers"]:
+            assert {mount["name"] for mount in container["volumeMounts"]} <= names
+
+
+def test_ray_asks_for_a_token_in_both_and_the_versions_are_the_locks():
+    nodes = read("ray-cluster.yaml")
+    starts = [command for kind in ("head", "worker") for command in nodes[f"{kind}_start_ray_commands"]]
+    assert all("RAY_AUTH_MODE=token" in command for command in starts if "ray start" in command)
+    assert "--env RAY_AUTH_MODE=token" in nodes["docker"]["run_options"]
+    assert any(target.endswith(".ray/auth_token") for target in nodes["file_mounts"])
+    spec = read("kuberay-job.yaml")["spec"]["rayClusterSpec"]
+    assert spec["authOptions"] == {"mode": "token"}
+    assert spec["rayVersion"] == locked("ray")
+
+
+def test_what_listens_beyond_loopback_asks_for_a_token():
+    nodes = read("ray-cluster.yaml")
+    (start,) = [command for command in nodes["head_start_ray_commands"] if "ray start" in command]
+    assert "--dashboard-host=127.0.0.1" in start
+    spec = read("kuberay-job.yaml")["spec"]["rayClusterSpec"]
+    if spec["headGroupSpec"]["rayStartParams"].get("dashboard-host") != "127.0.0.1":
+        assert spec["authOptions"]["mode"] == "token"
+
+
+def test_the_settings_load_and_have_the_presets_sizes_and_the_papers_numbers(tmp_path):
+    text = settings.merged(PROJECT / "params.yaml", settings.flat(CLUSTER / "params.raphael-3b.yaml"))
+    (tmp_path / "params.yaml").write_text(text)
+    config = load_config(tmp_path / "params.yaml")
+    assert sorted(config.picture.sizes_px) == sorted(load_preset("raphael-3b").sizes_px)
+    loop = config.train.loop
+    assert (loop.learning_rate, loop.betas, loop.weight_decay) == (1e-4, (0.9, 0.999), 0.0)
+    assert loop.warmup_images == 20_000 * loop.batch_size
+    assert config.clip.context_length == load_preset("raphael-3b").unet.context_length
