@@ -149,7 +149,7 @@ def page(preset_name: str) -> str:
         "",
         f"The paper's {hours:,} A100-hours would, at MFU 28 %, see {seen / 1e9:.1f} G images of this network, "
         f"{seen / PAPER_BATCH / 1e6:.1f} M steps of its batch of {PAPER_BATCH:,}; at ${A100.usd_per_hour:g} an hour "
-        f"they cost ${hours * A100.usd_per_hour / 1e6:.2f} M. One pass over 730 M pairs in that time would be an MFU of "
+        f"they cost ${hours * A100.usd_per_hour / 1e6:.2f} M. One pass over 730 M pairs in that time is an MFU of "
         f"{mfu_of(mean, PICTURES, A100, hours):.1%}.",
     ]
     return "\n".join(lines)

@@ -28,8 +28,8 @@ def begin_from(unet: UNet, config: TrainConfig, preset: Preset) -> None:
     found = checkpoint_sha256(folder)
     if not found.startswith(config.init_sha256):
         raise StageError(
-            f"train.init_from: {folder}: got checkpoint {found[:16]}, expected {config.init_sha256}; another model lies "
-            "there now: set train.init_sha256, or restore it"
+            f"train.init_from: {folder}: got checkpoint {found[:16]}, expected {config.init_sha256}; another model "
+            "lies there now: set train.init_sha256, or restore it"
         )
     groups, meta = read_checkpoint(folder, ["ema"])
     mine = to_dict(preset.diffusion)
