@@ -21,7 +21,7 @@ from raphael.stage import StageError, one_clear_line
 from raphael.strict import load, to_dict
 
 LEARNING_RATE = {"adamw": 1e-5, "muon": 2e-4}  # a tenth of what trainings from nothing have here
-NOT_RUN = {"generate", "evaluate", "report"}
+LARGE_PX = 256  # from here on timesteps are drawn uniformly, as Stable Diffusion's and the paper's
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ def _settings(request: Request, folder: Path, meta: dict[str, Any], preset: Pres
         raise StageError(f"{request.data}: no such folder; expected pictures with captions (docs/data.md)")
     data, sizes = request.data.resolve(), _sizes(meta)
     coco = any(data.glob("captions_train2017*.json")) or any(data.glob("annotations/captions_train2017*.json"))
-    loop = load_config(PROJECT / "params.yaml").train.loop
+    train = load_config(PROJECT / "params.yaml").train
+    loop = train.loop
     optimizer = request.changes.get("train.loop.optimizer", loop.optimizer)
     batch = int(request.changes.get("train.loop.batch_size", loop.batch_size))
     point = max(batch, request.num_images // 40)
@@ -100,6 +101,7 @@ def _settings(request: Request, folder: Path, meta: dict[str, Any], preset: Pres
         "clip.pretrained": follow(folder / "text_encoder"),
         "clip.context_length": preset.unet.context_length,
         "train.edge_weight": 0.0 if preset.unet.edge_tokens == "none" else 0.1,
+        "train.timestep_shift": train.timestep_shift if max(map(max, sizes)) < LARGE_PX else 1.0,
         "train.loop.num_images": request.num_images,
         "train.loop.learning_rate": request.learning_rate or LEARNING_RATE[optimizer],
         "train.loop.warmup_images": min(10 * batch, request.num_images // 10),
@@ -115,7 +117,7 @@ def run(root: Path) -> None:
     pipeline = read_pipeline(root)
     wanted = ancestors(pipeline)["train"] | {"train"}
     for name in pipeline:
-        if name in wanted - NOT_RUN:
+        if name in wanted:
             reproduce(root, name, lambda text: print(text, end="", flush=True))
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raphael.net.experts import Activation, ExpertBank, Plan, feed_forward, gelu
+from raphael.net.experts import ExpertBank, Plan, feed_forward, gelu
 from raphael.net.gate import Gate, GateGradient, Routing
 
 __all__ = ["Gate", "GateGradient", "ExpertBank", "Routing", "SpaceMoE", "TimeMoE", "gelu", "region_mask"]
@@ -46,13 +46,12 @@ class SpaceMoE(nn.Module):
         gate_hidden: float = 1.0,
         gate_noise: float = 0.0,
         gate_gradient: GateGradient = "straight_through",
-        activation: Activation = "gelu",
     ):
         super().__init__()
         if not 0 <= mask_threshold <= 1:
             raise ValueError(f"mask_threshold: got {mask_threshold}, expected 0 to 1, a share of the largest attention")
         self.gate = Gate(context_dim, num_experts, gate_hidden, gate_noise, gate_gradient)
-        self.experts = ExpertBank(dim, num_experts, expansion, activation)
+        self.experts = ExpertBank(dim, num_experts, expansion)
         self.mask_threshold = mask_threshold
         self.plan: Plan = "auto"  # how the experts are computed (raphael/net/experts.py); never what comes out
 
@@ -145,11 +144,10 @@ class TimeMoE(nn.Module):
         gate_hidden: float = 1.0,
         gate_noise: float = 0.0,
         gate_gradient: GateGradient = "straight_through",
-        activation: Activation = "gelu",
     ):
         super().__init__()
         self.gate = Gate(time_dim, num_experts, gate_hidden, gate_noise, gate_gradient)
-        self.experts = ExpertBank(dim, num_experts, expansion, activation)
+        self.experts = ExpertBank(dim, num_experts, expansion)
 
     def forward(
         self,

@@ -85,7 +85,6 @@ class RaphaelBlock(nn.Module):
             "gate_hidden": config.gate_hidden,
             "gate_noise": config.gate_noise,
             "gate_gradient": config.gate_gradient,
-            "activation": config.expert_activation,
         }
         self.time_moe = self.space_moe = self.edge_head = None
         if config.time_layer == "moe":
@@ -94,6 +93,9 @@ class RaphaelBlock(nn.Module):
             self.space_moe = SpaceMoE(
                 dim, config.context_dim, config.num_space_experts, mask_threshold=config.mask_threshold, **gate
             )
+        for moe in (self.time_moe, self.space_moe) if config.expert_activation == "geglu" else ():
+            if moe is not None:
+                moe.experts = ExpertBank(dim, moe.gate.num_experts, config.expansion, "geglu")
         dense = [
             FeedForward(dim, config.dense_expansion, config.dense_activation) if layer == "dense" else None
             for layer in (config.time_layer, config.space_layer)

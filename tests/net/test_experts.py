@@ -230,7 +230,9 @@ def test_kept_casts_are_no_part_of_a_gradient_and_go_when_the_module_moves():
 @pytest.mark.parametrize("plan", PLANS)
 def test_gated_experts_are_a_value_times_the_gelu_of_a_gate_in_every_plan(plan):
     torch.manual_seed(0)
-    moe = SpaceMoE(D, C, K, expansion=2, mask_threshold=0.5, activation="geglu").double().eval()
+    moe = SpaceMoE(D, C, K, mask_threshold=0.5).eval()
+    moe.experts = ExpertBank(D, K, 2, "geglu")
+    moe = moe.double()
     with torch.no_grad():
         for parameter in moe.experts.parameters():
             parameter.normal_()
