@@ -16,7 +16,8 @@ from data_pipeline.schema import CAPTION, CAPTION_COLUMNS, HEIGHT, KEY, WIDTH
 from raphael.stage import Stage, StageError, main
 
 if TYPE_CHECKING:
-    from raphael.config import CaptionsConfig, Config
+    from raphael.config import Config
+    from raphael.config_data import CaptionsConfig
 
 PICTURES = Path("data/filtered/pictures.parquet")
 CAPTIONS = Path("data/captions/captions.parquet")

@@ -27,7 +27,8 @@ from raphael.stage import Progress, Stage, StageError, main
 
 if TYPE_CHECKING:
     from data_pipeline.gateway import Gateway
-    from raphael.config import Config, DownloadConfig
+    from raphael.config import Config
+    from raphael.config_data import DownloadConfig
 
 LINKS = Path("data/selected/links.parquet")
 SHARDS = Path("data/shards")

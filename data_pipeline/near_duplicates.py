@@ -25,7 +25,7 @@ from raphael.stage import StageError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from raphael.config import FilterConfig
+    from raphael.config_data import FilterConfig
 
 SIDE, KEPT = 32, 8
 BITS = 64

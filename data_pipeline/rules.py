@@ -15,7 +15,7 @@ from data_pipeline.schema import AESTHETIC, HEIGHT, SCORES, SIMILARITY, UNSAFE, 
 if TYPE_CHECKING:
     import numpy as np
 
-    from raphael.config import FilterConfig
+    from raphael.config_data import FilterConfig
 
 Columns = Mapping[str, "np.ndarray"]  # part -> float64 (n,), NaN where null
 Rule = tuple[str, Callable[[Columns], "np.ndarray"]]  # reason, columns -> bool (n,), True: drop

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-    from raphael.config import Config, ScoreConfig
+    from raphael.config import Config
+    from raphael.config_data import ScoreConfig
 
 LIST, COMPUTED = "list", "computed"
 KEPT = "shards"

@@ -15,7 +15,7 @@ from raphael.ray_cluster import prepare_environment, reason, start, stop
 from raphael.stage import StageError
 
 if TYPE_CHECKING:
-    from raphael.config import ScoreConfig
+    from raphael.config_data import ScoreConfig
 
 
 class ShardScorer:

@@ -14,7 +14,7 @@ from raphael.stage import StageError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from raphael.config import ScoreConfig
+    from raphael.config_data import ScoreConfig
 
 
 class Scorer:

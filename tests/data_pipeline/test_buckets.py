@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from data_pipeline.buckets import AREA_256_PX, DEBUG_PX, RAPHAEL_PX, nearest_size, size_name
-from raphael.config import PictureConfig
+from raphael.config_data import PictureConfig
 from raphael.preset import load_preset
 
 

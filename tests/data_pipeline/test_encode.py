@@ -225,7 +225,7 @@ def test_with_buckets_too_a_run_in_other_chunks_ends_in_the_same_records(mixed, 
 def test_sizes_that_the_autoencoder_and_the_network_cannot_halve_are_refused(mixed, project, monkeypatch):
     from dataclasses import replace
 
-    from raphael.config import PictureConfig
+    from raphael.config_data import PictureConfig
 
     monkeypatch.chdir(mixed)
     config = replace(load_config("params.yaml"), picture=PictureConfig(((32, 32), (16, 24))))

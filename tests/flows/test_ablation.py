@@ -21,7 +21,8 @@ from flows.ablation_plan import PLAN, Case, cases_of, load_plan, make_case, pres
 from flows.ablation_results import Difference, Spread, collect
 from flows.environment import SWITCHES
 from flows.timestep_loss import heldout_pictures, timestep_losses
-from raphael.config import PictureConfig, load_config
+from raphael.config import load_config
+from raphael.config_data import PictureConfig
 from raphael.preset import Preset
 from raphael.stage import StageError, write_json
 from raphael.strict import ConfigError, load
