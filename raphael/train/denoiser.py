@@ -100,7 +100,6 @@ def build_denoising(config: Config, folders: Folders) -> tuple[DenoisingObjectiv
     empty = text_encoder.tokenize([""])[0]
     scale = LatentScale(autoencoder.scaling_factor, autoencoder.shift)
     objective = DenoisingObjective(unet, encode, empty, preset.diffusion, config.train, scale)
-    objective.flops_per_image = training_flops(preset, records)
     return objective, records
 
 
@@ -173,6 +172,8 @@ def train_denoiser(job: Job, world: World) -> dict[str, Any]:
         tracker.image("samples/grid" if weights == "ema" else f"samples/{weights}", grid, images)
 
     data, out = split(records, settings.num_heldout)
+    if chief:
+        objective.flops_per_image = training_flops(job.config.model.load(), records)
     hooks = Hooks(
         on_log=lambda point, images: events.write({"point": point, "images": images}),
         on_sample=draw,
