@@ -17,7 +17,7 @@ from flows.environment import prepare
 from flows.pipeline import ancestors, read_pipeline, reproduce
 from flows.workspace import PROJECT, fingerprint, make_workspace
 from raphael.preset import Preset, load_preset
-from raphael.stage import StageError, one_clear_line
+from raphael.stage import StageError, one_clear_line, read_json
 from raphael.strict import load, to_dict
 
 LEARNING_RATE = {"adamw": 1e-5, "muon": 2e-4}  # a tenth of what trainings from nothing have here
@@ -45,7 +45,7 @@ def make(request: Request) -> Path:
     if not folder.exists():
         raise StageError(f"{request.checkpoint}: no such folder; expected a pipeline folder such as models/raphael")
     _, meta = read_checkpoint(folder, [])
-    preset = preset_of(meta)
+    preset = preset_of(meta, folder)
     name = _name(meta)
     changes = {**_settings(request, folder, meta, preset), **request.changes}
     changes |= {"train.init_from": str(folder), "train.init_sha256": checkpoint_sha256(folder)[:16]}
@@ -55,9 +55,18 @@ def make(request: Request) -> Path:
     return root
 
 
-def preset_of(meta: dict[str, Any]) -> Preset:
+def preset_of(meta: dict[str, Any], folder: Path) -> Preset:
     """The preset that a checkpoint was trained with; its text tower and autoencoder are those of the folder."""
     data = to_dict(load_preset(_name(meta)))
+    config = folder / "autoencoder" / "config.json"
+    vae = read_json(config) if config.is_file() else {}
+    if "block_out_channels" in vae:
+        data["vae"] = {
+            "channels": vae["block_out_channels"],
+            "layers_per_block": vae["layers_per_block"],
+            "norm_groups": vae["norm_num_groups"],
+            "attention": vae["mid_block_add_attention"],
+        }
     unet = {**data["unet"], **meta["unet"]}
     text = {**data["text"], "context_length": unet["context_length"], "width": unet["context_dim"]}
     changed = {**data, "unet": unet, "diffusion": meta["diffusion"], "text": text, "sizes_px": _sizes(meta)}
