@@ -44,6 +44,11 @@ class OptOut:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise StageError(f"filter.opt_out: {path}: {error}; expected a text file of urls and domains") from None
+        return cls.parse(text, path)
+
+    @classmethod
+    def parse(cls, text: str, name: str) -> OptOut:
+        """The entries of a list's text. name: of the file, for errors. Raises StageError."""
         found: dict[str, set[str]] = {"urls": set(), "domains": set(), "md5": set(), "sha256": set()}
         for number, line in enumerate(text.splitlines(), 1):
             entry = line.split(" #")[0].strip() if not line.lstrip().startswith("#") else ""
@@ -58,9 +63,9 @@ class OptOut:
                 found["domains"].add(_ascii(entry))
             else:
                 raise StageError(
-                    f"{path}:{number}: got {entry[:60]!r}, expected a url, a domain, md5:... or sha256:..."
+                    f"{name}:{number}: got {entry[:60]!r}, expected a url, a domain, md5:... or sha256:..."
                 )
-        frozen = {name: frozenset(entries) for name, entries in found.items()}
+        frozen = {kind: frozenset(entries) for kind, entries in found.items()}
         return cls(**frozen, fingerprint=hashlib.sha256(text.encode()).hexdigest())
 
     def __bool__(self) -> bool:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from raphael.data_commands import add_data
 from raphael.evaluate.commands import BENCHES, add_export, add_paths, add_prefer
 from raphael.stage import StageError, one_clear_line, write_json
 from raphael.strict import ConfigError
@@ -75,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--preset", default="", help="a preset's name or file, instead of a checkpoint")
 
     _evaluate_command(commands)
+    add_data(commands)
     add_paths(commands)
     add_prefer(commands)
     command = commands.add_parser("prompts", help="write the prompts of an evaluation protocol or a public benchmark")
