@@ -1,7 +1,7 @@
 """What DVC is told when files that it tracks were changed on purpose: `dvc commit` for their stages.
 
-A stage that was out of date before is not committed: that would declare old results to be those of new code or settings.
-One change is not taken for that: `filter.opt_out`, which has to be named before anything can be forgotten.
+A stage that was out of date before is not committed: old results would count as those of new code or settings. One
+change is no such reason: `filter.opt_out`, which has to be named before anything can be forgotten.
 """
 
 from __future__ import annotations

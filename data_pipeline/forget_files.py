@@ -17,7 +17,7 @@ from typing import Any
 
 from data_pipeline.forget_matches import PARTIAL, Gone, is_list, tar_samples, traces
 from raphael.manifest import NAME
-from raphael.records import KEYS, RecordWriter, Records
+from raphael.records import KEYS, Records, RecordWriter
 from raphael.stage import StageError, file_sha256, write_json
 
 CAPTIONS, RECORDS = Path("captions/captions.parquet"), Path("records")

@@ -10,6 +10,7 @@ from raphael.evaluate.report_data import ATTRIBUTE_LABELS, load, measures
 from raphael.evaluate.sweep_figures import charts
 from raphael.stage import read_json
 
+DATA_CARD = "data_card.html"  # reports/: of `raphael data card`
 PATHS = "paths*.html"  # reports/: maps of the experts' paths, written by another command
 
 
@@ -66,9 +67,11 @@ def failures(measured: dict[str, Any], folder: Path) -> dict[str, Any] | None:
 
 
 def beside(reports: Path) -> dict[str, Any]:
-    """{sweep: figures of reports/sweep.json, those that are there, or None; paths: [file names]}."""
+    """{sweep: figures of reports/sweep.json, those that are there, or None; paths: [file names]; data_card: is there
+    one}."""
     file = reports / "sweep.json"
     sweep = read_json(file) if file.is_file() else None
     drawn = [figure for figure in charts(sweep) if not figure["absent"]] if sweep else []
     about = {"model": sweep["model"], "mask_threshold": sweep["mask_threshold"], "figures": drawn} if drawn else None
-    return {"sweep": about, "paths": sorted(path.name for path in reports.glob(PATHS))}
+    paths = sorted(path.name for path in reports.glob(PATHS))
+    return {"sweep": about, "paths": paths, "data_card": (reports / DATA_CARD).is_file()}

@@ -19,7 +19,7 @@ import pytest
 from data_pipeline import forget, forget_dvc, forget_files
 from data_pipeline.opt_out import OptOut
 from raphael.config import load_config
-from raphael.records import RecordWriter, Records
+from raphael.records import Records, RecordWriter
 from raphael.stage import StageError, file_sha256, read_json
 from tests.truth.picture_workspace import add_member, drawn, png, write_params
 

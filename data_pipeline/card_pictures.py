@@ -1,0 +1,128 @@
+"""Why each picture was dropped, judged again row by row, and a few of each side as thumbnails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_pipeline.captions import CAPTIONS, PICTURES, drop_reason
+from data_pipeline.schema import CAPTION, HEIGHT, ID, KEY, SHA256, SHARD, STATUS, SUCCESS, WIDTH
+from data_pipeline.select import LINKS, open_parquet
+from data_pipeline.shard_rows import SHARDS, ListScores, computed_scores, shard_tables
+from raphael.stage import StageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from raphael.config import Config
+
+SHOWN = 6  # pictures of a reason
+SHOWN_KEPT = 12
+THUMBNAIL_PX = 112
+WITHHELD = ("unsafe", "opted out")  # counted, never shown
+ALIKE = "looks like another"
+ALIKE_REASONS = ("near duplicate", "like an evaluation picture")
+Sides = dict[str, dict[str, dict[str, Any]]]  # stage -> reason -> {count, cards: [{uri, caption}]}
+
+
+def judged(config: Config) -> Sides:
+    """{"filter": .., "captions": .., "kept": {"kept": ..}}: of each reason how many, and the first few pictures.
+
+    Of the kept ones those shown are spread over all of them.
+    """
+    sides: Sides = {"filter": {}, "captions": {}, "kept": {}}
+    if not (PICTURES.is_file() and CAPTIONS.is_file() and any(SHARDS.glob("*.parquet"))):
+        return sides
+    pictures = open_parquet(PICTURES).read(columns=[KEY, SHARD, CAPTION]).to_pylist()
+    _judge_filter(config, {row[KEY] for row in pictures}, sides["filter"])
+    captioned = open_parquet(CAPTIONS).read(columns=[KEY, SHARD, CAPTION]).to_pylist()
+    _judge_captions(config, pictures, {row[KEY] for row in captioned}, sides["captions"])
+    step = max(1, len(captioned) // SHOWN_KEPT)
+    sides["kept"]["kept"] = {
+        "count": len(captioned),
+        "cards": [(row[SHARD], row[KEY], row[CAPTION]) for row in captioned[::step][:SHOWN_KEPT]],
+    }
+    _draw(sides)
+    return sides
+
+
+def _judge_filter(config: Config, kept: set[str], into: dict[str, dict[str, Any]]) -> None:
+    """The rules of `filter` asked one at a time, so that a row's reason is known."""
+    import pyarrow.compute as pc
+
+    from data_pipeline.filter import _opt_out_rules
+    from data_pipeline.opt_out import OptOut
+    from data_pipeline.rules import apply, score_rules
+
+    scores, opt_out = ListScores(LINKS), OptOut.read(config.filter.opt_out)
+    seen: set[str] = set()
+    for path in shard_tables(SHARDS):
+        table = open_parquet(path).read()
+        ids = table[ID].to_numpy()
+        columns = scores.of(ids, path) | computed_scores(path, ids)
+        columns |= {part: table[part].cast("float64").to_numpy(zero_copy_only=False) for part in (WIDTH, HEIGHT)}
+        alive = pc.equal(table[STATUS], SUCCESS).to_numpy(zero_copy_only=False).copy()
+        rows = table.select([KEY, CAPTION, SHA256]).to_pylist()
+        for rule in _opt_out_rules(table, opt_out) + score_rules(config.filter):
+            left = apply([rule], columns, alive, {})
+            _note(into, rule[0], [rows[place] for place in (alive & ~left).nonzero()[0]], path)
+            alive = left
+        _after_rules(rows, alive, kept, seen, (into, path))
+
+
+def _after_rules(rows: list[dict], alive: np.ndarray, kept: set[str], seen: set[str], place: tuple) -> None:
+    """Equal bytes, then what is missing all the same: it looked like another picture."""
+    into, path = place
+    for row in (rows[number] for number in alive.nonzero()[0]):
+        if row[SHA256] in seen:
+            _note(into, "duplicate picture", [row], path)
+        elif row[KEY] not in kept:
+            _note(into, ALIKE, [row], path)
+        seen.add(row[SHA256])
+
+
+def _judge_captions(config: Config, pictures: list[dict], kept: set[str], into: dict[str, dict[str, Any]]) -> None:
+    from data_pipeline.caption_rules import clean
+
+    for row in pictures:
+        if row[KEY] not in kept:
+            reason = drop_reason(clean(row[CAPTION]), config.captions) or "unknown"
+            _note(into, reason, [row], SHARDS / row[SHARD])
+
+
+def _note(into: dict[str, dict[str, Any]], reason: str, rows: list[dict], path: Path) -> None:
+    if not rows:
+        return
+    entry = into.setdefault(reason, {"count": 0, "cards": []})
+    entry["count"] += len(rows)
+    room = 0 if reason in WITHHELD else max(0, SHOWN - len(entry["cards"]))
+    entry["cards"] += [(path.with_suffix(".tar").name, row[KEY], row[CAPTION]) for row in rows[:room]]
+
+
+def _draw(sides: Sides) -> None:
+    """Turn (shard, key, caption) into {uri, caption}; every shard is opened once."""
+    import numpy as np
+
+    from data_pipeline.pictures import Shard
+    from raphael.evaluate.figures import data_uri
+
+    entries = [entry for reasons in sides.values() for entry in reasons.values()]
+    wanted = sorted({(shard, key) for entry in entries for shard, key, _ in entry["cards"]})
+    uris: dict[tuple[str, str], str] = {}
+    opened = Shard(None)
+    try:
+        for shard, key in wanted:
+            if opened.path != SHARDS / shard:
+                opened.close()
+                opened = Shard(SHARDS / shard)
+            try:
+                picture = opened.picture(key)
+            except StageError:  # a broken picture has no thumbnail; the count stays
+                continue
+            picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+            uris[shard, key] = data_uri(np.asarray(picture))
+    finally:
+        opened.close()
+    for entry in entries:
+        cards = [(uris.get((shard, key)), text) for shard, key, text in entry["cards"]]
+        entry["cards"] = [{"uri": uri, "caption": text or ""} for uri, text in cards if uri]
