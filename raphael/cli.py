@@ -38,23 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    command = _command(commands, "generate", "draw pictures for a prompt", _generate)
-    command.add_argument("prompt", nargs="+", help="one or several prompts, each in quotes")
-    command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    command.add_argument("--steps", type=int, default=30, help="denoising steps (default: %(default)s)")
-    command.add_argument("--guidance-scale", type=float, default=4.0, help="1: none (default: %(default)s)")
-    command.add_argument("--num-images", type=int, default=1, help="for each prompt (default: %(default)s)")
-    command.add_argument("--size", type=_size, metavar="HxW", help="px, height first (default: the first trained at)")
-    command.add_argument("--negative-prompt", default="", help="what to keep away from")
-    _sampler_arguments(command)
-    command.add_argument("--batch-size", type=int, default=50, help="pictures at a time (default: %(default)s)")
-    command.add_argument(
-        "--show-edges",
-        action="store_true",
-        help="also a sheet for each picture, in OUT/inside: the edges each block predicts, where each word attends",
-    )
-    command.add_argument("--out", type=Path, required=True, help="folder for the PNGs and images.json")
-
+    _generate_command(commands)
     command = _command(commands, "routes", "which experts a prompt's words, and the timesteps, go through", _routes)
     command.add_argument("prompt")
     command.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -93,6 +77,25 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, default=Path("reports/compare.html"), help="default: %(default)s")
     command.set_defaults(act=_compare)
     return parser
+
+
+def _generate_command(commands: argparse._SubParsersAction) -> None:
+    command = _command(commands, "generate", "draw pictures for a prompt", _generate)
+    command.add_argument("prompt", nargs="+", help="one or several prompts, each in quotes")
+    command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    command.add_argument("--steps", type=int, default=30, help="denoising steps (default: %(default)s)")
+    command.add_argument("--guidance-scale", type=float, default=4.0, help="1: none (default: %(default)s)")
+    command.add_argument("--num-images", type=int, default=1, help="for each prompt (default: %(default)s)")
+    command.add_argument("--size", type=_size, metavar="HxW", help="px, height first (default: the first trained at)")
+    command.add_argument("--negative-prompt", default="", help="what to keep away from")
+    _sampler_arguments(command)
+    command.add_argument("--batch-size", type=int, default=50, help="pictures at a time (default: %(default)s)")
+    command.add_argument(
+        "--show-edges",
+        action="store_true",
+        help="also a sheet for each picture, in OUT/inside: the edges each block predicts, where each word attends",
+    )
+    command.add_argument("--out", type=Path, required=True, help="folder for the PNGs and images.json")
 
 
 def _move_commands(commands: argparse._SubParsersAction) -> None:

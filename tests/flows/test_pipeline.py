@@ -20,7 +20,14 @@ from raphael.stage import StageError
 
 PROJECT = Path(__file__).resolve().parents[2]
 # Not dependencies of a stage: what a stage makes of its settings and inputs does not come from these.
-GROUND = {"raphael.stage", "raphael.strict", "raphael.config", "raphael.config_data", "raphael.tracking", "raphael.manifest"}
+GROUND = {
+    "raphael.stage",
+    "raphael.strict",
+    "raphael.config",
+    "raphael.config_data",
+    "raphael.tracking",
+    "raphael.manifest",
+}
 GROUND |= {"raphael.preset", "raphael.registry"}
 
 
