@@ -174,6 +174,7 @@ class TrainConfig:
     num_sample_prompts: Count
     sample_weights: tuple[str, ...]  # which weights draw them: raw, ema, ema_<decay> of loop.ema_more_decays
     num_heldout: NonNegative  # records kept out of training, for the held-out loss (raphael/train/heldout.py)
+    patience: NonNegative  # held-out points in a row without a lower loss, after which the training ends; 0: never
     init_from: str  # a pipeline folder whose averaged weights the training begins with; "": from nothing
     init_sha256: str  # of that checkpoint, its first 16 digits or more: another one there is another training
     parallel: ParallelConfig
@@ -194,6 +195,10 @@ class TrainConfig:
             raise ValueError(
                 f"num_heldout: got {self.num_heldout} with loop.heldout_every_images {self.loop.heldout_every_images}, "
                 "expected both 0 or neither: records would be kept out for nothing, or none would be there to measure"
+            )
+        if self.patience and not self.num_heldout:
+            raise ValueError(
+                f"patience: got {self.patience} with num_heldout 0, expected 0: no loss to be patient with"
             )
         if unknown := set(self.sample_weights) - {"raw", *self.loop.averages}:
             raise ValueError(

@@ -22,8 +22,8 @@ from raphael.records import EDGES, MOMENTS, TOKEN_IDS
 from raphael.strict import to_dict
 
 NO_PART_OF_THE_LOSS = (
-    "num_workers", "use_gpu", "sample_prompts", "num_sample_prompts", "sample_weights", "num_heldout", "init_from",
-    "init_sha256", "parallel", "loop",
+    "num_workers", "use_gpu", "sample_prompts", "num_sample_prompts", "sample_weights", "num_heldout", "patience",
+    "init_from", "init_sha256", "parallel", "loop",
 )  # fmt: skip
 QUARTERS = 4  # of the timesteps, whose losses are logged apart
 BALANCE_TIMESTEPS = 64  # of the grid on which the time gates' balance is judged

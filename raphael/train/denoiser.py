@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raphael.config import Config
+from raphael.config import Config, TrainConfig
 from raphael.records import EDGES, MOMENTS, TOKEN_IDS, Records
 from raphael.stage import StageError, read_json
 from raphael.strict import to_dict
@@ -179,6 +179,7 @@ def train_denoiser(job: Job, world: World) -> dict[str, Any]:
         on_sample=draw,
         sample_weights=settings.sample_weights,
         heldout=Heldout(objective, out, world, settings.loop.precision) if out is not None else None,
+        enough=patience(settings),
         progress=events.progress,
         say=lambda line: events.write({"say": line}),
     )
@@ -192,6 +193,15 @@ def train_denoiser(job: Job, world: World) -> dict[str, Any]:
         world=world,
         hooks=hooks,
     )
+
+
+def patience(settings: TrainConfig) -> Callable[[list[dict[str, float]]], bool]:
+    """When the held-out loss of the averaged weights (of the last ones, where there is no average) had its chances."""
+    from raphael.train.start import Patience
+
+    if not settings.patience:
+        return lambda points: False
+    return Patience(f"heldout/{'ema' if settings.loop.ema_decay else 'raw'}/denoise", settings.patience)
 
 
 class Events:

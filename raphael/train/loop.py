@@ -75,8 +75,9 @@ class Hooks:
     weights, each of sample_weights in turn ("raw", "ema" ...). It is called on every rank where weights are shared out,
     since a forward then needs all; rank 0 keeps them. heldout() -> losses of the weights that the objective has, by
     name; it is called on every rank, for the raw weights and every average, and must change nothing.
-    progress(images): a step ended. say(line): something a person should read. enough(history): whether to end before
-    num_images; asked on every rank, so it must be a function of the points logged alone (raphael/train/start.py).
+    progress(images): a step ended. say(line): something a person should read. enough(points): whether to end before
+    num_images, asked of the held-out points, or of the logged ones where nothing is held out; on every rank, so it must
+    be a function of them alone (raphael/train/start.py).
     """
 
     on_log: Callable[[dict[str, float], int], None] = _nothing
@@ -141,7 +142,7 @@ def train(
         while True:
             # Periodic work. At the very image count of a checkpoint it was all done before that was written.
             watchdog.at("between two steps", state.images)
-            done = state.images >= loop.num_images or hooks.enough(state.history)
+            done = state.images >= loop.num_images or _enough(hooks, state)
             stopping = stop.requested and world.size == 1
             if state.images != resumed_at:
                 if state.summed_steps and (done or _due(loop.log_every_images, state)):
@@ -151,7 +152,7 @@ def train(
                     point["train/learning_rate"] = learning_rate(state.images, loop)
                     state.history.append({"images": state.images, **point})
                     state.sums, state.summed_steps = {}, 0
-                    done = done or hooks.enough(state.history)
+                    done = done or _enough(hooks, state)
                     if chief:
                         shown = {**point, **meter.point(state.images)}
                         if tracker is not None:
@@ -168,6 +169,7 @@ def train(
                         with meter.paused(), state.using(name), replica.drawing():
                             losses |= {f"heldout/{name}/{key}": value for key, value in hooks.heldout().items()}
                     state.heldout.append({"images": state.images, **losses})
+                    done = done or _enough(hooks, state)
                     if chief and tracker is not None:
                         tracker.log(losses, state.images)
                 if state.images and (done or stopping or _due(loop.checkpoint_every_images, state)):
@@ -211,6 +213,10 @@ def train(
 
     averages = {name: average.weights() for name, average in state.averages.items()}
     return {"images": state.images, "history": state.history, "heldout": state.heldout, **averages}
+
+
+def _enough(hooks: Hooks, state: State) -> bool:
+    return hooks.enough(state.history if hooks.heldout is None else state.heldout)
 
 
 def _due(every: int, state: State) -> bool:

@@ -11,7 +11,7 @@ from raphael.net.unet import UNet
 from raphael.randomness import SampleRng
 from raphael.stage import StageError
 from raphael.strict import ConfigError, to_dict
-from raphael.train.denoiser import Folders, build_denoising
+from raphael.train.denoiser import Folders, build_denoising, patience
 from raphael.train.loop import Hooks, train
 from raphael.train.start import Patience
 
@@ -145,3 +145,32 @@ def test_a_training_ends_at_the_point_where_it_is_enough_and_a_resumed_one_stays
 
     assert run()["images"] == 16 and steps == [8, 16]
     assert run()["images"] == 16 and steps == [8, 16]
+
+
+def test_patience_with_the_held_out_loss_ends_a_training_and_keeps_it_ended(begun, tmp_path):
+    config, folders, _ = begun
+    values, steps = iter([3.0, 2.0, 2.5, 2.1, 1.0, 1.0]), []
+    loop = replace(config.train.loop, heldout_every_images=8, num_images=800)
+
+    def run():
+        objective, records = build_denoising(config, folders)
+        hooks = Hooks(
+            say=lambda _: None,
+            progress=steps.append,
+            heldout=lambda: {"denoise": next(values)},
+            enough=Patience("heldout/raw/denoise", 2),
+        )
+        return train(objective, OneKind(records), replace(loop, ema_decay=0.0), 0, folder=tmp_path, hooks=hooks)
+
+    assert [point["heldout/raw/denoise"] for point in run()["heldout"]] == [3.0, 2.0, 2.5, 2.1]
+    assert steps == [8, 16, 24]
+    assert run()["images"] == 24 and steps == [8, 16, 24]
+
+
+def test_patience_asks_for_records_that_are_kept_out(begun):
+    with pytest.raises(ValueError, match="patience: got 3 with num_heldout 0, expected 0"):
+        replace(begun[0].train, patience=3)
+    loop = replace(begun[0].train.loop, heldout_every_images=8)
+    enough = patience(replace(begun[0].train, patience=3, num_heldout=4, loop=loop))
+    assert (enough.metric, enough.points) == ("heldout/ema/denoise" if loop.ema_decay else "heldout/raw/denoise", 3)
+    assert not patience(begun[0].train)([])
