@@ -2,11 +2,11 @@
 
     python -m data_pipeline.watermark_model --pictures DIR --out FILE.safetensors
 
-A tenth of the photographs choose the threshold and three tenths are the examination; neither is ever taught from. The
-examination has fonts and words that were not taught, every kind of mark on every photograph, at three stored sizes.
-Each batch holds the same crops with and without a mark: only the mark tells them apart. Beside the model lies
-FILE.json: precision, recall, threshold, sizes, by kind and by stored size. A detector that is near chance is not
-written: docs/data.md says what has been measured.
+The network learns place by place where a mark can be seen (it is drawn, so its place is known), from pairs of windows
+with and without it. A tenth of the photographs choose the threshold and three tenths are the examination; neither is
+ever taught from. The examination has fonts and words that were not taught, every kind of mark on every photograph, at
+three stored sizes. Beside the model lies FILE.json: precision, recall, area under the curve, threshold, by kind and by
+stored size. A detector that is near chance is not written: docs/data.md says what has been measured.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import math
 import random
 import time
 from collections.abc import Iterator
@@ -28,14 +29,17 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from data_pipeline.watermark_net import WatermarkModel
+    from data_pipeline.watermark_net import WatermarkModel, WatermarkNet
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 MIN_PHOTOGRAPHS = 20
 KEPT_SIDE_PX = 320  # photographs are held in memory at this short side
 SIZES_PX = (96, 192, 320)  # of the examination: the short side as a shard would store it
-BATCH = 32
-LEARNING_RATE = 4e-3
+BATCH = 16
+WINDOW_PX = 96  # of the pieces that are taught; whole pictures are scored
+SEEN = 8  # of 255: a mark that changes a place by less is not there to be seen, and not asked for
+MUON_RATE, ADAMW_RATE = 1e-2, 4e-3
+SHARPNESSES = (0.5, 1.0, 2.0, 4.0)
 MIN_YOUDEN = 0.3  # recall less false alarms, below which a detector is worse than none
 
 
@@ -51,37 +55,63 @@ def fit(photographs: list[Image.Image], num_images: int, seed: int = 0) -> Water
     torch.manual_seed(seed)
     net = WatermarkNet().to(memory_format=torch.channels_last)
     steps = max(1, num_images // BATCH)
-    optimizer = torch.optim.AdamW(net.parameters(), LEARNING_RATE, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.15)
+    optimizers = _optimizers(net)
     batches = _batches(photographs, steps, random.Random(seed))
-    for images, marked, masks in tqdm(batches, "watermark", steps, unit=" batches", mininterval=2.0):
+    for step, (images, marked, masks) in enumerate(tqdm(batches, "watermark", steps, unit=" batches", mininterval=2.0)):
+        share = min(1.0, 10 * (step + 1) / steps) * (1 - step / steps)  # up in a tenth, then down to nothing
         with autocast("auto", "cpu"):
             logits, places = net(images)
         error = loss(logits, places, marked, masks)
-        optimizer.zero_grad()
+        for optimizer, rate in optimizers:
+            optimizer.param_groups[0]["lr"] = rate * share
+            optimizer.zero_grad()
         error.backward()
-        optimizer.step()
-        schedule.step()
+        for optimizer, _ in optimizers:
+            optimizer.step()
     return WatermarkModel(net)
 
 
+def _optimizers(net: WatermarkNet) -> list[tuple[torch.optim.Optimizer, float]]:
+    """(optimizer, highest rate): Muon for convolutions, AdamW for the rest."""
+    import torch
+
+    from raphael.train.muon import Muon, is_muon_shape
+
+    matrices = [parameter for parameter in net.parameters() if is_muon_shape(parameter)]
+    others = [parameter for parameter in net.parameters() if not is_muon_shape(parameter)]
+    adamw = torch.optim.AdamW(others, ADAMW_RATE, weight_decay=0.0)
+    return [(Muon(matrices, MUON_RATE), MUON_RATE), (adamw, ADAMW_RATE)]
+
+
 def choose_threshold(model: WatermarkModel, photographs: list[Image.Image], seed: int = 1) -> float:
-    """Move the model's scores so that 0.5 is where precision and recall of marked pictures together (F1) are best on
-    these photographs. Returns the probability, before the move, that is the threshold."""
+    """Choose the soft maximum's sharpness, and move the scores so that 0.5 is where precision and recall of marked
+    pictures together (F1) are best on these photographs. Returns the probability, before the move, that is the
+    threshold."""
     import numpy as np
+    import torch
 
     pictures, kinds, _ = examination(photographs, seed, unseen=False)
-    scores = model.scores(pictures)
     marked = np.array([kind != "" for kind in kinds])
-    weights = np.where(marked, 1 / len(KINDS), 1.0)  # one clean picture for each marked one
-    order = np.argsort(-scores)
+    maps, found = model.maps(pictures), []
+    for sharpness in SHARPNESSES:
+        model.net.sharpness = torch.tensor(sharpness)
+        found.append((*best_threshold(model.of_maps(maps), marked), sharpness))
+    _, threshold, sharpness = max(found)
+    model.net.sharpness, model.net.shift = torch.tensor(sharpness), torch.tensor(threshold)
+    return 1 / (1 + math.exp(-threshold))
+
+
+def best_threshold(logits: np.ndarray, marked: np.ndarray) -> tuple[float, float]:
+    """(F1, the logit at which it is largest), marked pictures weighing as one for each clean one."""
+    import numpy as np
+
+    weights = np.where(marked, 1 / len(KINDS), 1.0)
+    order = np.argsort(-logits)
     hits = np.cumsum(weights[order] * marked[order])
     f1 = 2 * hits / (np.cumsum(weights[order]) + weights[marked].sum())
     best = int(np.argmax(f1))
-    following = scores[order[min(best + 1, len(scores) - 1)]]
-    probability = float(np.clip((scores[order[best]] + following) / 2, 1e-6, 1 - 1e-6))
-    model.net.shift += float(np.log(probability / (1 - probability)))
-    return probability
+    following = logits[order[min(best + 1, len(logits) - 1)]]
+    return float(f1[best]), float((logits[order[best]] + following) / 2)
 
 
 def examination(
@@ -123,7 +153,8 @@ def examine(model: WatermarkModel, photographs: list[Image.Image], seed: int = 2
     import numpy as np
 
     pictures, kinds, sizes = examination(photographs, seed, unseen=True)
-    flagged = model.scores(pictures) >= 0.5
+    scores = model.scores(pictures)
+    flagged = scores >= 0.5
     kinds, sizes = np.array(kinds), np.array(sizes)
     clean = kinds == ""
 
@@ -132,6 +163,7 @@ def examine(model: WatermarkModel, photographs: list[Image.Image], seed: int = 2
         low, high = _interval(flagged[marked])
         return {
             "pictures": int(marked.sum()),
+            "auc": round(auc(scores[marked], scores[unmarked]), 4),
             "recall": round(recall, 4),
             "recall_95": [round(low, 4), round(high, 4)],
             "precision": round(recall / (recall + alarms), 4) if recall + alarms else None,
@@ -146,6 +178,11 @@ def examine(model: WatermarkModel, photographs: list[Image.Image], seed: int = 2
         "by_kind": {kind: line(kinds == kind, clean) for kind in KINDS},
         "by_size_px": {str(side): line(~clean & (sizes == side), clean & (sizes == side)) for side in SIZES_PX},
     }
+
+
+def auc(marked: np.ndarray, clean: np.ndarray) -> float:
+    """The share of pairs, one marked and one clean picture, of which the marked one scores higher; ties count half."""
+    return float((marked[:, None] > clean).mean() + 0.5 * (marked[:, None] == clean).mean())
 
 
 def read_photographs(folder: Path) -> list[tuple[str, Image.Image]]:
@@ -163,7 +200,7 @@ def read_photographs(folder: Path) -> list[tuple[str, Image.Image]]:
     for file in sorted(files, key=lambda file: hashlib.sha256(file.name.encode()).digest()):
         with Image.open(file, formats=FORMATS) as picture:
             picture = upright(picture).convert("RGB")
-        scale = min(1.0, KEPT_SIDE_PX / min(picture.size))
+        scale = max(min(1.0, KEPT_SIDE_PX / min(picture.size)), WINDOW_PX / min(picture.size))
         found.append((file.name, picture.resize((round(picture.width * scale), round(picture.height * scale)))))
     return found
 
@@ -180,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=Path, required=True, help="a folder of clean photographs, at best hundreds")
     parser.add_argument("--out", type=Path, required=True, help="the model, a .safetensors file")
-    parser.add_argument("--images", type=int, default=4800, help="pictures to teach (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=4000, help="pictures to teach (default: %(default)s)")
     parser.add_argument("--scenes", type=int, default=60, help="drawn scenes among the taught (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     arguments = parser.parse_args(argv)
@@ -211,6 +248,7 @@ def build(arguments: argparse.Namespace) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.net.parameters()),
         "cpu_seconds": round(teaching_s, 1),
         "threshold": round(threshold, 4),
+        "sharpness": float(model.net.sharpness),
         "examination": examine(model, examined),
     }
     if arguments.scenes:  # other scenes than those taught
@@ -242,32 +280,70 @@ def split(photographs: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
 def _batches(
     photographs: list[Image.Image], steps: int, rng: random.Random
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """images uint8 (B,3,side,side), marked float (B,), masks float (B,side/8,side/8): each crop with and without."""
+    """images uint8 (B,3,96,96), marked float (B,), masks float (B,12,12): each crop with and without its mark.
+
+    Drawing a mark costs more than looking at it: of each drawn picture two crops are taken.
+    """
     import numpy as np
     import torch
-    import torch.nn.functional as F
 
-    from data_pipeline.watermark_net import STRIDE, squeezed
-
-    for _ in range(steps):
+    for step in range(steps):
         images, masks = [], []
-        for number in range(BATCH // 2):
-            crop = _crop(rng.choice(photographs), rng)
-            marked, mask = draw(crop, KINDS[number % len(KINDS)], rng)
-            side, quality = round(rng.uniform(80, 340)), rng.randint(70, 97)
-            for picture in (crop, marked):
-                images.append(squeezed(stored(picture, side, quality)))
-            masks += [np.zeros(images[0].shape[:2], np.uint8), squeezed(mask)[..., 0]]
+        for number in range(BATCH // 4):
+            kind = KINDS[(step * (BATCH // 4) + number) % len(KINDS)]
+            for clean, marked, mask in _pairs(rng.choice(photographs), kind, rng):
+                images += [clean, marked]
+                masks += [np.zeros_like(mask), mask]
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-        places = F.max_pool2d(torch.from_numpy(np.stack(masks)).float()[:, None], STRIDE)[:, 0] > 40
-        yield pixels, torch.arange(len(images)) % 2.0, places.float()
+        yield pixels, torch.arange(len(images)) % 2.0, torch.from_numpy(np.stack(masks))
+
+
+def _pairs(photograph: Image.Image, kind: str, rng: random.Random) -> Iterator[tuple[np.ndarray, ...]]:
+    """Two windows, each (clean, marked: uint8 (96,96,3); mask: float32 (12,12), see `loss`), both with some mark."""
+    import numpy as np
+    from PIL import Image, ImageChops
+
+    from data_pipeline.watermark_net import STRIDE, sized
+
+    crop = _crop(photograph, rng)
+    marked, mask = draw(crop, kind, rng)
+    change = ImageChops.difference(crop, marked)
+    side, quality = round(rng.uniform(WINDOW_PX, 340)), rng.randint(70, 97)
+    small = [sized(stored(picture, side, quality)) for picture in (crop, marked)]
+    shape = small[0].shape[1::-1]
+    seen = np.asarray(change.resize(shape, Image.Resampling.BOX)).max(2)
+    drawn = np.asarray(mask.resize(shape, Image.Resampling.BOX))
+    rows, columns = np.nonzero(seen > SEEN)
+    for _ in range(2):
+        top, left = _window(rows, columns, seen.shape, rng)
+        window = np.s_[top : top + WINDOW_PX, left : left + WINDOW_PX]
+        visible, there = (_cells(part[window], STRIDE) for part in (seen, drawn))
+        target = np.where(visible > SEEN, 1.0, np.where(there > 10, np.nan, 0.0)).astype(np.float32)
+        yield small[0][window], small[1][window], target
+
+
+def _window(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int], rng: random.Random) -> tuple[int, int]:
+    """Top and left of a window that holds one of the places (rows, columns), anywhere in it; any, if there is none."""
+    place = rng.randrange(len(rows)) if len(rows) else None
+    corner = []
+    for side, among in zip(shape, (rows, columns), strict=True):
+        middle = int(among[place]) if place is not None else rng.randrange(side)
+        corner.append(min(max(middle - rng.randrange(WINDOW_PX), 0), side - WINDOW_PX))
+    return corner[0], corner[1]
+
+
+def _cells(values: np.ndarray, stride: int) -> np.ndarray:
+    """The largest of each square of stride x stride values."""
+    height, width = values.shape
+    return values.reshape(height // stride, stride, width // stride, stride).max((1, 3))
 
 
 def _crop(picture: Image.Image, rng: random.Random) -> Image.Image:
-    """A piece of at least half of each side, mirrored half of the time, its brightness and colour changed a little."""
+    """A piece of at least half of each side and 96 px, mirrored half of the time, its brightness and colour changed a
+    little."""
     from PIL import ImageEnhance, ImageOps
 
-    width, height = (round(side * rng.uniform(0.5, 1.0)) for side in picture.size)
+    width, height = (max(WINDOW_PX, round(side * rng.uniform(0.5, 1.0))) for side in picture.size)
     left, top = rng.randint(0, picture.width - width), rng.randint(0, picture.height - height)
     crop = picture.crop((left, top, left + width, top + height))
     if rng.random() < 0.5:

@@ -49,7 +49,7 @@ def models(tmp_path_factory, project):
     save_clip(build_clip(small), folder / "clip")
     head = {"weight": torch.randn(1, 16), "bias": torch.zeros(1)}
     torch.save(head, folder / "head.pth")
-    WatermarkModel(WatermarkNet((4, 4, 8, 8))).save(folder / "marks.safetensors")
+    WatermarkModel(WatermarkNet((4, 4, 8))).save(folder / "marks.safetensors")
     every = {"unsafe": str(folder / "head.pth"), "watermark": str(folder / "marks.safetensors"), "similarity": True}
     return folder, {**every, "clip": str(folder / "clip"), "batch_size": 3}
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from data_pipeline import watermark_model
-from data_pipeline.watermark_net import SIDE_PX, WatermarkModel, WatermarkNet, load_watermark
+from data_pipeline.watermark_net import WatermarkModel, WatermarkNet, load_watermark, loss, sized
 from data_pipeline.watermarks import KINDS, draw
 from raphael.stage import StageError
 
@@ -42,7 +42,7 @@ def test_an_unknown_kind_is_named():
 @pytest.fixture(scope="module")
 def model() -> WatermarkModel:
     torch.manual_seed(0)
-    return WatermarkModel(WatermarkNet((4, 4, 8, 8)))
+    return WatermarkModel(WatermarkNet((4, 4, 8)))
 
 
 def test_scores_are_the_same_from_a_file_and_in_any_batch(model, tmp_path):
@@ -58,23 +58,52 @@ def test_scores_are_the_same_from_a_file_and_in_any_batch(model, tmp_path):
         load_watermark(tmp_path / "other.safetensors")
 
 
-def test_the_threshold_is_where_f1_is_best(monkeypatch, model):
+def test_the_threshold_is_where_f1_is_best():
     """The truth: F1 at every possible threshold, one at a time, with five marked pictures weighing as one."""
     rng = np.random.default_rng(0)
-    kinds = ["", *KINDS] * 8
-    scores = np.array([rng.normal(0.5 if kind else 0.0, 0.5) for kind in kinds])
-    monkeypatch.setattr(watermark_model, "examination", lambda *a, **k: ([None] * len(kinds), kinds, []))
-    stub = type("Stub", (), {})()
-    stub.scores, stub.net = lambda pictures: 1 / (1 + np.exp(-scores)), type("Net", (), {"shift": 0.0})()
-    watermark_model.choose_threshold(stub, [])
+    marked = np.array([kind != "" for _ in range(8) for kind in ["", *KINDS]])
+    logits = np.array([rng.normal(0.5 if mark else 0.0, 0.5) for mark in marked])
 
     def f1(flagged: np.ndarray) -> float:
-        hits = sum(bool(flag) / 5 for flag, kind in zip(flagged, kinds, strict=True) if kind)
-        alarms = sum(bool(flag) for flag, kind in zip(flagged, kinds, strict=True) if not kind)
+        hits = sum(bool(flag) / 5 for flag, mark in zip(flagged, marked, strict=True) if mark)
+        alarms = sum(bool(flag) for flag, mark in zip(flagged, marked, strict=True) if not mark)
         return 2 * hits / (hits + alarms + 8)
 
-    best = max(f1(scores >= value) for value in scores)
-    assert f1(scores > stub.net.shift) == pytest.approx(best)
+    found, threshold = watermark_model.best_threshold(logits, marked)
+    best = max(f1(logits >= value) for value in logits)
+    assert f1(logits > threshold) == pytest.approx(best) and found == pytest.approx(best)
+
+
+def test_the_chosen_threshold_is_a_score_of_one_half(model):
+    noises = [np.random.default_rng(seed).integers(0, 255, (40, 48, 3), np.uint8) for seed in range(3)]
+    photographs = [Image.fromarray(noise) for noise in noises]
+    watermark_model.choose_threshold(model, photographs)
+    pictures, kinds, _ = watermark_model.examination(photographs, 1, unseen=False)
+    scores = model.scores(pictures)
+    sharpness = float(model.net.sharpness)
+    assert sharpness in watermark_model.SHARPNESSES and len(kinds) == 18
+    (places,) = model.maps(pictures[:1])
+    naive = np.log(np.mean(np.exp(sharpness * places.double().numpy()))) / sharpness - float(model.net.shift)
+    assert scores[0] == pytest.approx(1 / (1 + np.exp(-naive)), abs=1e-5) and (scores >= 0.5).any()
+    model.net.sharpness, model.net.shift = torch.ones(()), torch.zeros(())
+
+
+def test_the_area_under_the_curve_is_the_share_of_pairs_in_order():
+    assert watermark_model.auc(np.array([3.0, 1.0]), np.array([2.0, 1.0, 0.0])) == pytest.approx((3 + 1.5) / 6)
+
+
+def test_pictures_keep_their_shape_and_are_never_enlarged():
+    assert sized(grey(1024, 512)).shape == (256, 512, 3) and sized(grey(96, 100)).shape == (96, 96, 3)
+    assert sized(grey(3, 3)).shape == (8, 8, 3)
+
+
+def test_places_where_a_mark_cannot_be_seen_are_not_judged():
+    places = torch.zeros(1, 2, 2, requires_grad=True)
+    masks = torch.tensor([[[1.0, 0.0], [float("nan"), 0.0]]])
+    loss(places.flatten(1).mean(1), places, torch.ones(1), masks).backward()
+    alone = torch.zeros(1, 2, 2, requires_grad=True)
+    (0.1 * torch.nn.functional.softplus(-alone.mean())).backward()
+    assert places.grad[0, 1, 0] == alone.grad[0, 1, 0] and places.grad[0, 0, 0] < alone.grad[0, 0, 0]
 
 
 def test_a_detector_at_chance_is_refused():
@@ -83,9 +112,12 @@ def test_a_detector_at_chance_is_refused():
         watermark_model.refuse_chance({"all": {"recall": 0.991}, "false_alarms": 0.988})
 
 
-def test_a_batch_holds_each_crop_with_and_without_its_mark():
-    pictures = [grey(300, 200)]
-    images, marked, masks = next(watermark_model._batches(pictures, 1, random.Random(0)))
-    assert images.shape == (32, 3, SIDE_PX, SIDE_PX) and images.dtype == torch.uint8
-    assert marked.tolist() == [0.0, 1.0] * 16 and masks[::2].sum() == 0 and (masks[1::2].sum((1, 2)) > 0).all()
+def test_a_batch_holds_each_window_with_and_without_its_mark_and_says_where_it_is():
+    images, marked, masks = next(watermark_model._batches([grey(300, 200)], 1, random.Random(0)))
+    assert images.shape == (16, 3, 96, 96) and images.dtype == torch.uint8 and masks.shape == (16, 12, 12)
+    assert marked.tolist() == [0.0, 1.0] * 8 and masks[::2].sum() == 0
+    assert (masks[1::2].nan_to_num().sum((1, 2)) > 0).all()
+    change = (images[1::2].float() - images[::2].float()).abs().amax(1)
+    cells = torch.nn.functional.max_pool2d(change[:, None], 8)[:, 0]
+    assert cells[masks[1::2] == 1].min() > 2 and cells[masks[1::2] == 0].float().mean() < 2  # JPEG rings a little
     assert [len(part) for part in watermark_model.split(list(range(10)))] == [6, 1, 3]
