@@ -164,16 +164,17 @@ class NearDuplicates:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        from data_pipeline.duplicates import Keep
-
         if not self.bands:
             return 0
-        rows = self.bands.drop()
-        keep, file = Keep(iter(rows)), pq.ParquetFile(pictures)
+        rows, start = np.sort(np.asarray(self.bands.drop(), dtype=np.int64)), 0
+        file = pq.ParquetFile(pictures)
         partial = pictures.with_suffix(".partial")
         with pq.ParquetWriter(partial, file.schema_arrow, compression="zstd") as writer:
             for batch in file.iter_batches():
-                writer.write_table(pa.Table.from_batches([batch]).filter(pa.array(keep.next(len(batch)))))
+                keep, end = np.ones(len(batch), bool), start + len(batch)
+                keep[rows[np.searchsorted(rows, start) : np.searchsorted(rows, end)] - start] = False
+                writer.write_table(pa.Table.from_batches([batch]).filter(pa.array(keep)))
+                start = end
         os.replace(partial, pictures)
         dropped[NEAR] = len(rows)
         return len(rows)

@@ -76,8 +76,10 @@ class Model:
             files = sorted(path for path in (folder / part).rglob("*") if path.is_file())
             lines += [f"{path.relative_to(folder)} {file_sha256(path)}" for path in files]
         sha256 = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        from raphael.generate.pipeline import drawn_size
+
         meta = read_json(folder / META)
-        return cls(folder, sha256, meta["unet"], (meta["picture"]["height_px"], meta["picture"]["width_px"]))
+        return cls(folder, sha256, meta["unet"], drawn_size(meta["picture"]))
 
 
 @dataclass(frozen=True)

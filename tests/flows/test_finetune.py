@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-import yaml
 from truth.tiny_raphael import small_unet, write_pipeline
 
 from flows.finetune import Request, make
@@ -66,6 +65,6 @@ def test_the_raphael_command_hands_its_options_on(model, tmp_path):
     command += ["--out", str(tmp_path / "space"), "--learning-rate", "3e-5", "--only-make", "--set", "train.seed=7"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    settings = yaml.safe_load((tmp_path / "space" / "params.yaml").read_text())
-    assert settings["train"]["loop"]["learning_rate"] == 3e-5 and settings["train"]["seed"] == 7
+    train = load_config(tmp_path / "space" / "params.yaml").train
+    assert train.loop.learning_rate == 3e-5 and train.seed == 7
     assert json.dumps(str(tmp_path / "space")).strip('"') in done.stdout
