@@ -34,6 +34,7 @@ def machine() -> dict[str, Any]:
 
 def judged(case: str, ours: float, peer: float, unit: str, target: str = "") -> dict[str, Any]:
     """A row of a summary: ratio = ours / peer, target "<= 1.0" or ">= 2" of that ratio, or "" where there is none."""
+    ours, peer = float(ours), float(peer)  # NumPy's numbers are none of JSON's
     ratio = ours / peer
     met = None
     if target:
