@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from raphael.evaluate.figures import short
+from raphael.evaluate.pages import page_environment
 from raphael.evaluate.report import TEMPLATES
 
 NAMES = {
@@ -21,12 +22,7 @@ NAMES = {
 
 def render(card: dict[str, Any], sides: dict[str, Any]) -> str:
     """Complete in itself, texts escaped. card: data_card.json; sides: of card_pictures.judged."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
+    environment = page_environment(TEMPLATES)
     charts = []
     for name, score in card["scores"].items():
         limit = score.get("min", score.get("max"))

@@ -11,6 +11,7 @@ from typing import Any
 from flows.ablation_plan import Case, Plan
 from flows.ablation_results import collect
 from raphael.evaluate.figures import NUM_EXPERT_COLOURS, short
+from raphael.evaluate.pages import page_environment
 from raphael.evaluate.report import TEMPLATES
 from raphael.stage import StageError, write_json
 
@@ -30,12 +31,7 @@ def write_page(root: Path, plan: Plan, cases: list[Case]) -> Path:
 
 def render(results: dict[str, Any]) -> str:
     """The page: complete in itself, texts escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
+    environment = page_environment()
     environment.filters |= {"number": number, "short": short}
     kinds = {kind: by_kind(results, kind) for kind in ("accuracy", "loss", "distance", "timestep")}
     curves = {arm: [tuple(point) for point in facts["curve"]] for arm, facts in results["arms"].items()}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.ablation_page import number
+from raphael.evaluate.pages import page_environment
 from raphael.evaluate.report import TEMPLATES
 from raphael.evaluate.sweep_figures import charts
 from raphael.stage import write_json
@@ -21,12 +22,7 @@ def write_page(root: Path, results: dict[str, Any]) -> Path:
 
 def render(results: dict[str, Any]) -> str:
     """The page: complete in itself, texts escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
+    environment = page_environment()
     environment.filters["number"] = number
     return environment.get_template("sweep.html").render(
         css=(TEMPLATES / "report.css").read_text(encoding="utf-8"), results=results, figures=charts(results)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raphael.config import load_config
+from raphael.evaluate.pages import page_environment
 from raphael.stage import StageError
 from raphael.tracking import connect, public, resolve_uri
 
@@ -145,8 +146,6 @@ def difference_table(runs: Sequence[Run]) -> str:
 
 def render(runs: Sequence[Run]) -> str:
     """The page: complete in itself, texts escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     from raphael.evaluate.figures import line_chart
 
     charts = []
@@ -156,13 +155,7 @@ def render(runs: Sequence[Run]) -> str:
         if max(map(len, series.values())) >= MIN_POINTS:
             charts.append({"name": name, "svg": line_chart(series)})
     keys = sorted({key for run in runs for key in run.grids})
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     return environment.get_template("compare.html").render(
         css=(TEMPLATES / "report.css").read_text(encoding="utf-8"),
         runs=runs,

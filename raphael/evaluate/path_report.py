@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from raphael.evaluate.pages import page_environment
 from raphael.evaluate.path_classifier import FOLDS, TREES, Reading, difference, read_words
 from raphael.evaluate.path_figures import accuracy_chart, confusion_chart, time_route_chart, word_map
 from raphael.evaluate.paths import (
@@ -118,17 +119,9 @@ def section(report: dict[str, Any], folder: Path) -> str:
     """An HTML section, complete in itself (pictures inside), in the classes of the report's style sheet."""
     import base64
 
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     pictures = {
         path.stem: f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
         for path in sorted(folder.glob("*.png"))
     }
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     return environment.get_template("paths.html").render(report=report, pictures=pictures, paper=PAPER, names=KINDS)

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from raphael.evaluate.pages import page_environment
 from raphael.evaluate.picture_folder import PictureFolder, Preparation, read_picture
 from raphael.stage import StageError, write_json
 
@@ -112,15 +113,7 @@ def arrange(pairs: list[PromptPair], seed: int, folder: Path) -> tuple[list[dict
 
 def render(content: dict[str, Any]) -> str:
     """The page; content becomes JSON that cannot leave its script element (jinja sorts keys, so order is in lists)."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     files = {name: (TEMPLATES / f"preference.{name}").read_text(encoding="utf-8") for name in ("css", "js")}
     return environment.get_template("preference.html").render(content=content, **files)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from raphael.config import Config
+from raphael.evaluate.pages import page_environment
 from raphael.stage import Stage, StageError, main, read_json
 from raphael.strict import to_dict
 
@@ -72,15 +73,7 @@ def gather(config: Config) -> dict[str, Any]:
 
 def render(content: dict[str, Any]) -> str:
     """The page. Undefined names are errors, texts are escaped, figures and styles are ours."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     files = {name: (TEMPLATES / f"report.{name}").read_text(encoding="utf-8") for name in ("css", "js")}
     return environment.get_template("report.html").render(**content, **files)
 
