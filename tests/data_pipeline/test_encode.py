@@ -208,15 +208,18 @@ def cover(picture, height, width):
 def test_with_buckets_too_a_run_in_other_chunks_ends_in_the_same_records(mixed, monkeypatch):
     import shutil
 
+    def contents():
+        records = Records(mixed / "data/records")
+        return records.keys, records.facts, [records.batch(part) for part in (range(5), range(5, 8), range(8, 10))]
+
     run(encode, "encode", mixed, monkeypatch)
-    whole = Records(mixed / "data/records")
+    keys, facts, batches = contents()  # read now: the next run puts other files into their place
     shutil.rmtree(mixed / "work/encode")
     monkeypatch.setattr(encode, "CHUNK_BATCHES", 1)
     run(encode, "encode", mixed, monkeypatch)
-    again = Records(mixed / "data/records")
-    assert again.keys == whole.keys and again.facts == whole.facts
-    for part in (range(5), range(5, 8), range(8, 10)):
-        one, other = whole.batch(part), again.batch(part)
+    again_keys, again_facts, again = contents()
+    assert again_keys == keys and again_facts == facts
+    for one, other in zip(batches, again, strict=True):
         for name in (TOKEN_IDS, EDGES):
             np.testing.assert_array_equal(one[name], other[name])
         np.testing.assert_allclose(one[MOMENTS], other[MOMENTS], atol=1e-3, rtol=2e-3)  # batches of another size
