@@ -1,6 +1,6 @@
 """K feed-forward experts of one shape, and two ways to compute their weighted sum.
 
-    sum_k w_k(p) e_k(h_p),      e_k(h) = W2_k act(W1_k h + b1_k) + b2_k
+    sum_k inside_k(p) e_k(h_p) + outside_k(p) e_k(0),      e_k(h) = W2_k act(W1_k h + b1_k) + b2_k
 
 act is gelu, the paper's, or geglu, Stable Diffusion's (arXiv 2002.05202): W1 h is then twice as wide as W2 reads, one
 half the value and the other its gate, v * gelu(g).
@@ -9,6 +9,7 @@ fused     two wide matrix products over all pixels and all experts, the weights 
           kernels, nothing waits for the device. Cost: K evaluations a pixel.
 covered   a loop over the experts, each on the pixels where its weight is not zero (gather, FFN, scatter). Cost: as many
           evaluations as the pixels need, the least that is possible for experts one knows nothing of, and less memory.
+          In training its gradients are written by hand (raphael/net/covered.py).
 
 Letters of the shape suffixes: B samples, P pixels of the map, K experts, D width of the map, F hidden width.
 """
@@ -23,21 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raphael.net.covered import covered_sum
+from raphael.net.layers import activate
+
 Plan = Literal["auto", "fused", "covered"]
 Activation = Literal["gelu", "geglu"]
-
-
-def gelu(x: Tensor) -> Tensor:
-    """x Phi(x), exactly: on a CPU torch 2.15 computes it 2 to 4 times as fast as the tanh form."""
-    return F.gelu(x)
-
-
-def activate(x: Tensor, hidden: int) -> Tensor:
-    """gelu(x) for x (..., hidden); value * gelu(gate) for x (..., 2 hidden) = (value, gate). -> (..., hidden)"""
-    if x.shape[-1] == hidden:
-        return gelu(x)
-    value, gate = x.chunk(2, dim=-1)
-    return value * gelu(gate)
 
 
 class ExpertBank(nn.Module):
@@ -125,16 +116,21 @@ class ExpertBank(nn.Module):
         self._kept = self._kept and [None, None, None]
         return super()._apply(fn, recurse)
 
-    def weighted_sum(self, h_BPD: Tensor, weight_BPK: Tensor, plan: Plan = "auto") -> Tensor:
-        """sum_k weight_k(p) e_k(h_p) -> (B, P, D) by the named plan, or by the one that suits the shape and device.
+    def weighted_sum(self, h_BPD: Tensor, inside_BPK: Tensor, outside_BPK: Tensor, plan: Plan = "auto") -> Tensor:
+        """sum_k inside_k(p) e_k(h_p) + outside_k(p) e_k(0) -> (B, P, D) by the named plan, or by the one that suits the
+        shape and device.
 
-        An expert whose weight is zero everywhere gets a gradient of exactly zero, and no rank waits for it.
+        An expert whose weights are zero everywhere gets a gradient of exactly zero, and no rank waits for it.
         """
         if plan not in get_args(Plan):
             raise ValueError(f"plan: got {plan!r}, expected one of {', '.join(get_args(Plan))}")
         if plan == "auto":
             plan = choose_plan(h_BPD, self.w1.shape[1])
-        return self._fused(h_BPD, weight_BPK) if plan == "fused" else self._covered(h_BPD, weight_BPK)
+        if plan == "covered" and torch.is_grad_enabled():  # rows of the whole batch at once
+            rows = (tensor.flatten(0, 1) for tensor in (h_BPD, inside_BPK, outside_BPK))
+            return covered_sum(*rows, (self.w1, self.b1, self.w2, self.b2)).view_as(h_BPD)
+        out = self._fused(h_BPD, inside_BPK) if plan == "fused" else self._covered(h_BPD, inside_BPK)
+        return out + (outside_BPK.to(out) @ self.at_zero().to(out))
 
     def _fused(self, h_BPD: Tensor, weight_BPK: Tensor) -> Tensor:
         """The weight multiplies the hidden layer, so the second product's accumulator does the sum over experts."""
@@ -147,35 +143,29 @@ class ExpertBank(nn.Module):
         return out + (weight_BPK.to(out) @ b2.to(out))
 
     def _covered(self, h_BPD: Tensor, weight_BPK: Tensor) -> Tensor:
-        """Rows of one sample at a time when drawing, so that a picture does not depend on its neighbours in the batch
-        (a product's rounding may depend on its number of rows); of the whole batch at once when training."""
-        B, P, D = h_BPD.shape
-        if torch.is_grad_enabled() and B > 1:
-            flat = self._covered(h_BPD.reshape(1, B * P, D), weight_BPK.reshape(1, B * P, -1))
-            return flat.view(B, P, D)
+        """For drawing: rows of one sample at a time, so that a picture does not depend on its neighbours in the batch
+        (a product's rounding may depend on its number of rows)."""
         experts = self.experts()
         samples = [self._covered_sample(experts, h, w) for h, w in zip(h_BPD, weight_BPK, strict=True)]
         return torch.stack(samples)
 
     def _covered_sample(self, experts: list[tuple[Tensor, ...]], h_PD: Tensor, weight_PK: Tensor) -> Tensor:
-        out, rows_of = None, (weight_PK.detach() != 0).T
-        for k, rows in enumerate(rows_of):
-            pixels = rows.nonzero().squeeze(1)
-            if not len(pixels) and not (torch.is_grad_enabled() and out is None and k == len(experts) - 1):
-                continue  # the last one runs on no pixel at all where nothing was covered: its gradient is then zero
+        out = None
+        for k, needed in enumerate((weight_PK != 0).T):
+            pixels = needed.nonzero().squeeze(1)
+            if not len(pixels):
+                continue
             everywhere = len(pixels) == len(h_PD)
             term = feed_forward(h_PD if everywhere else h_PD[pixels], experts[k])
             weight = weight_PK[:, k] if everywhere else weight_PK[pixels, k]
             term = term * weight.unsqueeze(1).to(term)
             if out is None:
                 out = term if everywhere else term.new_zeros(h_PD.shape).index_add_(0, pixels, term)
-            elif everywhere:
-                out = out + term
             else:
-                out = out.index_add_(0, pixels, term)
+                out = out + term if everywhere else out.index_add_(0, pixels, term)
         out = torch.zeros_like(h_PD) if out is None else out
         # 0 * h is 0, but NaN where h is NaN or infinite: as in the fused plan, no pixel hides it by being uncovered
-        return out + (0 * h_PD.detach()).sum(1, keepdim=True).to(out)
+        return out + (0 * h_PD).sum(1, keepdim=True).to(out)
 
 
 def feed_forward(h: Tensor, expert: tuple[Tensor, ...]) -> Tensor:

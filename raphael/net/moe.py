@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raphael.net.experts import ExpertBank, Plan, feed_forward, gelu
+from raphael.net.experts import ExpertBank, Plan, feed_forward
 from raphael.net.gate import Gate, GateGradient, Routing
+from raphael.net.layers import gelu
 
 __all__ = ["Gate", "GateGradient", "ExpertBank", "Routing", "SpaceMoE", "TimeMoE", "gelu", "region_mask"]
 
@@ -92,8 +93,7 @@ class SpaceMoE(nn.Module):
         inside_BPK = (mask_BPN.to(route_BNK) @ route_BNK) / divisor_B11  # c_k(p) / n
         total_B1K = route_BNK.sum(1, keepdim=True) / divisor_B11  # n_k / n
 
-        out = self.experts.weighted_sum(h, inside_BPK, self.plan)
-        out = out + ((total_B1K - inside_BPK).to(out) @ self.experts.at_zero().to(out))
+        out = self.experts.weighted_sum(h, inside_BPK, total_B1K - inside_BPK, self.plan)
         cover_B = (inside_BPK.detach() > 0).sum(-1).float().mean(-1)
         return out, Routing(expert_BN, probability_BNK, real_BN, cover_B)
 

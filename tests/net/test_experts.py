@@ -52,13 +52,60 @@ def test_the_plans_agree_at_every_cover_with_and_without_gradients(share):
     torch.manual_seed(4)
     bank = ExpertBank(D, K, 2).double()
     h = torch.randn(B, P, D, dtype=torch.float64, requires_grad=True)
-    weight = (torch.rand(B, P, K, dtype=torch.float64) * (torch.rand(B, P, K) < share)).requires_grad_()
-    fused, covered = (bank.weighted_sum(h, weight, plan) for plan in PLANS)
+    torch.nn.init.normal_(bank.b1)
+    inside, outside = (
+        (torch.rand(B, P, K, dtype=torch.float64) * (torch.rand(B, P, K) < share)).requires_grad_() for _ in range(2)
+    )
+    fused, covered = (bank.weighted_sum(h, inside, outside, plan) for plan in PLANS)
     torch.testing.assert_close(covered, fused, rtol=0, atol=1e-12)
     with torch.no_grad():
-        torch.testing.assert_close(bank.weighted_sum(h, weight, "covered"), fused, rtol=0, atol=1e-12)
-    for one, other in zip(*(gradients(out, [h, *bank.parameters()]) for out in (fused, covered)), strict=True):
+        torch.testing.assert_close(bank.weighted_sum(h, inside, outside, "covered"), fused, rtol=0, atol=1e-12)
+    tensors = [h, inside, outside, *bank.parameters()]
+    fused_gradients, covered_gradients = (gradients(out, tensors) for out in (fused, covered))
+    for k, (one, other) in enumerate(zip(fused_gradients, covered_gradients, strict=True)):
+        # the plan `covered` has no gradient of the weight of a row it left out
+        other = torch.where(inside != 0, other, one) if k == 1 else other
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("trained", [(), ("h",), ("inside",), ("outside",), ("w1",), ("b1", "w2"), ("b2",)])
+def test_the_covered_plan_gives_gradients_to_what_is_trained_and_to_nothing_else(trained):
+    torch.manual_seed(4)
+    bank = ExpertBank(D, K, 2).double()
+    inputs = {
+        name: torch.rand(B, P, width, dtype=torch.float64) for name, width in (("h", D), ("inside", K), ("outside", K))
+    }
+    tensors = {**inputs, **dict(bank.named_parameters())}
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(name in trained)
+    fused, covered = (bank.weighted_sum(*inputs.values(), plan) for plan in PLANS)
+    assert covered.requires_grad == bool(trained)
+    if trained:
+        wanted = [tensors[name] for name in trained]
+        torch.testing.assert_close(gradients(covered, wanted), gradients(fused, wanted), rtol=0, atol=1e-12)
+
+
+def test_under_autocast_the_covered_plan_computes_in_bf16_and_its_gradients_have_the_weights_type():
+    torch.manual_seed(4)
+    bank, h, weight = ExpertBank(D, K, 2), torch.randn(B, P, D, requires_grad=True), torch.rand(B, P, K)
+    exact = gradients(bank.weighted_sum(h, weight, 1 - weight, "fused"), [h, *bank.parameters()])
+    with torch.autocast("cpu", torch.bfloat16):
+        out = bank.weighted_sum(h, weight, 1 - weight, "covered")
+    assert out.dtype == torch.bfloat16
+    for mine, true in zip(gradients(out, [h, *bank.parameters()]), exact, strict=True):
+        assert mine.dtype == torch.float32
+        assert (mine - true).norm() <= 0.02 * true.norm()
+
+
+def test_recomputing_the_covered_plan_changes_no_bit_of_its_gradients():
+    from torch.utils.checkpoint import checkpoint
+
+    torch.manual_seed(4)
+    bank, h, weight = ExpertBank(D, K, 2), torch.randn(B, P, D, requires_grad=True), torch.rand(B, P, K)
+    tensors = [h, *bank.parameters()]
+    plain = gradients(bank.weighted_sum(h, weight, weight, "covered"), tensors)
+    again = checkpoint(bank.weighted_sum, h, weight, weight, "covered", use_reentrant=False)
+    assert all(torch.equal(one, other) for one, other in zip(plain, gradients(again, tensors), strict=True))
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -106,7 +153,7 @@ def test_the_plan_is_chosen_by_shape_and_device_and_never_by_what_was_routed():
     assert choose_plan(torch.empty(1, 1024, 320), 1280) == "covered"
     assert choose_plan(torch.empty(1, 1024, 320, device="meta"), 1280) == "fused"
     with pytest.raises(ValueError, match="plan: got 'slow', expected one of auto, fused, covered"):
-        ExpertBank(D, K, 2).weighted_sum(torch.zeros(1, 2, D), torch.zeros(1, 2, K), "slow")
+        ExpertBank(D, K, 2).weighted_sum(torch.zeros(1, 2, D), torch.zeros(1, 2, K), torch.zeros(1, 2, K), "slow")
 
 
 def test_a_sample_drawn_with_the_covered_plan_is_the_same_to_the_bit_beside_any_other():
@@ -202,7 +249,7 @@ def test_kept_casts_change_no_bit_and_are_made_again_when_a_weight_changes(plan,
     @torch.no_grad()
     def drawn():
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            return bank.weighted_sum(h, weight, plan)
+            return bank.weighted_sum(h, weight, weight, plan)
 
     for _ in range(2):
         plain = drawn()
@@ -221,10 +268,12 @@ def test_kept_casts_are_no_part_of_a_gradient_and_go_when_the_module_moves():
     bank, h, weight = ExpertBank(8, 3, 2), torch.randn(1, 6, 8), torch.rand(1, 6, 3)
     bank.keep_casts(True)
     with torch.no_grad():
-        want = bank.weighted_sum(h, weight, "fused")
-    assert bank.weighted_sum(h, weight, "fused").requires_grad
+        want = bank.weighted_sum(h, weight, weight, "fused")
+    assert bank.weighted_sum(h, weight, weight, "fused").requires_grad
     with torch.no_grad():
-        torch.testing.assert_close(bank.double().weighted_sum(h.double(), weight.double(), "fused"), want.double())
+        torch.testing.assert_close(
+            bank.double().weighted_sum(h.double(), weight.double(), weight.double(), "fused"), want.double()
+        )
 
 
 @pytest.mark.parametrize("plan", PLANS)
