@@ -169,7 +169,7 @@ class evaluating:  # noqa: N801  reads as a verb: `with evaluating(unet):`
 
 
 GRID_WIDTH_PX = 160  # of a captioned tile: small pictures are enlarged to it, so that a caption has room
-CAPTION_PX, CAPTION_LINES, LINE_CHARS = 13, 3, 27
+CAPTION_PX, CAPTION_LINES = 13, 3
 
 
 def image_grid(images: Sequence[Any], columns: int, captions: Sequence[str] = (), margin_px: int = 4) -> Any:
@@ -194,7 +194,15 @@ def image_grid(images: Sequence[Any], columns: int, captions: Sequence[str] = ()
         x, y = margin_px + (i % columns) * cell_w, margin_px + (i // columns) * cell_h
         grid.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y))
         if i < len(captions):
-            lines = textwrap.wrap(captions[i], LINE_CHARS, max_lines=CAPTION_LINES, placeholder=" …")
-            for line, text in enumerate(lines):
+            for line, text in enumerate(_wrapped(captions[i], width, font)):
                 draw.text((x, y + height + line * CAPTION_PX), text, fill="black", font=font)
     return grid
+
+
+def _wrapped(caption: str, width: int, font: Any) -> list[str]:
+    """At most CAPTION_LINES lines that fit into `width` px; letters differ in width, so lines are measured."""
+    for chars in range(max(1, len(caption)), 0, -1):
+        lines = textwrap.wrap(caption, chars, max_lines=CAPTION_LINES, placeholder=" …"[:chars])
+        if all(font.getlength(line) <= width for line in lines):
+            return lines
+    return []

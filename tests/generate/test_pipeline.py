@@ -240,6 +240,14 @@ def test_a_grid_holds_every_picture_where_it_belongs():
         image_grid([], 2)
 
 
+@pytest.mark.parametrize("caption", ["m" * 60, "W W W W W W W W W W W W W W W W W", "a plain wide word, drawn " * 9])
+def test_a_caption_stays_below_its_own_picture(caption):
+    pictures = [np.zeros((8, 8, 3), np.uint8)] * 2
+    empty, told = (np.asarray(image_grid(pictures, columns=2, captions=texts)) for texts in (["", ""], [caption, ""]))
+    changed = np.argwhere((empty != told).any(-1))
+    assert changed[:, 1].max() < 4 + 160 <= changed[:, 0].min()
+
+
 def test_the_command_draws_prints_and_repeats_itself(folder, tmp_path):
     from raphael.cli import main
 
