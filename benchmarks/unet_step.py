@@ -2,7 +2,8 @@
 
 320-640-1280-1280, two res-blocks a level, as many heads a level as ours has (width 40), context 77 x 1024, 4 channels
 in and out, plain GEGLU feed-forwards on both sides (benchmarks/_peers.py says what still differs). A step is forward,
-mean square, backward, AdamW (fused on both sides unless a row says otherwise). bf16 is autocast over float32 weights.
+mean square, backward, AdamW (on both sides ours, torch's fused one, unless a row says otherwise). bf16 is autocast over
+float32 weights.
 
 like for like   both in float32, contiguous, eager; both in bf16, channels_last, eager
 as shipped      ours as raphael/train runs it: precision "auto", channels_last, fused AdamW; theirs as its own training
@@ -70,6 +71,8 @@ def measure(side: Side, size: Size) -> dict[str, Any]:
     import torch
     from _peers import fill, make_inputs, size_and_cost
 
+    from raphael.train.optim import FusedAdamW
+
     config, make = config_and_maker(side)
     cost = size_and_cost(make, make_inputs(config, size.batch, size.latent))
     layout = torch.channels_last if side.channels_last else torch.contiguous_format
@@ -79,7 +82,7 @@ def measure(side: Side, size: Size) -> dict[str, Any]:
     if side.checkpointed:
         net.checkpoint_activations()
     run = torch.compile(net) if side.compiled else net
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-6, fused=True)
+    optimizer = FusedAdamW(net.parameters(), lr=1e-6)
 
     def autocast() -> torch.autocast:
         return torch.autocast(side.device, torch.bfloat16, enabled=side.bf16)

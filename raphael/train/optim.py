@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from raphael.config import LoopConfig
 from raphael.train.muon import Muon, is_muon_shape
-from raphael.train.sharding import own, whole
+from raphael.train.sharding import is_shared_out, own, whole
 
 # Weight decay is for matrices that mix features. Norms, biases and embeddings have none; nor has a bare parameter of
 # any other module, unless its class names it in `decayed`, a tuple of attribute names.
@@ -122,9 +123,29 @@ def make_optimizer(module: nn.Module, loop: LoopConfig) -> Optimizers:
     return Optimizers(*optimizers, *([_adamw(rest, loop)] if rest else []))
 
 
-def _adamw(groups: list[dict], loop: LoopConfig) -> torch.optim.AdamW:
-    # fused: one pass over all parameters; on a CPU it is several times faster than the loop over tensors
-    return torch.optim.AdamW(groups, lr=loop.learning_rate, betas=tuple(loop.betas), fused=True)
+class FusedAdamW(torch.optim.AdamW):
+    """torch's fused AdamW: one pass over all parameters, on a CPU several times as fast as the loop over tensors.
+
+    Its kernel there copies a channels-last tensor there and back, 1.8 to 2.6 times the time; it gets a view of it in
+    the order of memory instead. The state is as torch's.
+    """
+
+    def __init__(self, params: Iterable, **settings: Any):
+        super().__init__(params, fused=True, **settings)
+
+    def _init_group(self, group: dict, *lists: list[Tensor]) -> bool:
+        complex_found = super()._init_group(group, *lists)
+        of_one_parameter = lists[:4]  # parameters, gradients, both moments
+        for k, tensors in enumerate(zip(*of_one_parameter, strict=True)):
+            if tensors[0].dim() == 4 and not any(map(is_shared_out, tensors)):
+                if all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in tensors):
+                    for place, tensor in zip(of_one_parameter, tensors, strict=True):
+                        place[k] = tensor.permute(0, 2, 3, 1)
+        return complex_found
+
+
+def _adamw(groups: list[dict], loop: LoopConfig) -> FusedAdamW:
+    return FusedAdamW(groups, lr=loop.learning_rate, betas=tuple(loop.betas))
 
 
 def learning_rate(images: int, loop: LoopConfig) -> float:

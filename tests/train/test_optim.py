@@ -6,7 +6,7 @@ from torch import nn
 from truth.toy_training import LOOP
 
 from raphael.train.ema import Ema, Landing
-from raphael.train.optim import clip_gradients, learning_rate, make_optimizer, parameter_groups
+from raphael.train.optim import FusedAdamW, clip_gradients, learning_rate, make_optimizer, parameter_groups
 
 
 class Odd(nn.Module):
@@ -154,3 +154,20 @@ def test_every_parameter_is_in_one_group_of_one_optimizer(optimizer):
     members = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(members) == sorted(id(parameter) for parameter in module.parameters())
     assert all(group["params"] for group in groups)
+
+
+def test_the_update_of_a_channels_last_convolution_is_that_of_its_contiguous_copy_to_the_bit():
+    def trained(layout):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 1)).to(memory_format=layout)
+        optimizer = FusedAdamW(net.parameters(), lr=0.1, weight_decay=0.1)
+        for _ in range(3):
+            for parameter in net.parameters():
+                parameter.grad = torch.empty_like(parameter).copy_(torch.randn(parameter.shape))
+            optimizer.step()
+        moments = [value for state in optimizer.state.values() for value in state.values()]
+        return [*net.parameters(), *moments]
+
+    plain, last = trained(torch.contiguous_format), trained(torch.channels_last)
+    assert last[0].shape == plain[0].shape and last[0].stride() != plain[0].stride()
+    assert all(torch.equal(one, other) for one, other in zip(plain, last, strict=True))
