@@ -24,16 +24,19 @@ export RAY_USAGE_STATS_ENABLED := 0
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
+COMPILE = $(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode)
+
 .PHONY: setup
 setup: $(WHEN_DONE)  ## make .venv from requirements.lock (versions and hashes); at once when it is there
 
 # uv comes out of the same lock. `sync` installs exactly the lock, without asking anyone what else might be needed.
+# Where Python may not write bytecode, every process would compile torch and ray again: twice the time of their import.
 $(WHEN_DONE):
 	@./.ci/find-python >/dev/null
 	test -x $(BIN)/python || "$$(./.ci/find-python)" -m venv $(VENV)
 	awk '/^[^ ]/{on = /^uv==/} on' requirements.lock > $(VENV)/uv.lock
 	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement $(VENV)/uv.lock
-	$(BIN)/uv pip sync --python $(BIN)/python --require-hashes requirements.lock
+	$(BIN)/uv pip sync --python $(BIN)/python --require-hashes $(COMPILE) requirements.lock
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@rm -f $(VENV)/.ready-* && touch $@
 
