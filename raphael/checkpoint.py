@@ -1,9 +1,10 @@
 """What a trained thing looks like on disk: `train` writes it; `generate`, `evaluate` and a resumed `train` read it.
 
     <folder>/
-      <group>.safetensors   one per group of tensors ("ema", "raw", "optimizer" ...)
+      <group>.safetensors   tensors of one group ("ema", "raw", "optimizer" ...), in several files where they are large
+                            or several processes wrote them (raphael/checkpoint_parts.py)
       meta.json             what JSON can hold
-      manifest.json         size and sha256 of each of these; checked when read
+      manifest.json         size and sha256 of each of these, xxh3 of every tensor; checked when read
 
 A checkpoint appears whole or not at all: it is written into a hidden sibling, brought to disk, and renamed. Nothing on
 the way back unpickles: a checkpoint from a stranger cannot run code.
@@ -14,48 +15,101 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raphael.checkpoint_parts import CheckpointError, Groups, Parts, merged, write_parts
 from raphael.manifest import ManifestError, check_files, fsync_folder, read_manifest, write_manifest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-FORM = "raphael-checkpoint/1"
+__all__ = ["CheckpointError", "Stored", "checkpoint_sha256", "load_weights", "read_checkpoint", "write_checkpoint"]
+
+FORM = "raphael-checkpoint/2"
 META = "meta.json"
 PICKLES = (".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin")
 
 
-class CheckpointError(ManifestError):
-    """A checkpoint is absent, unfinished, damaged, of another shape, or not ours. The message is one line."""
-
-
-def write_checkpoint(folder: str | Path, groups: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
+def write_checkpoint(folder: str | Path, groups: Groups, meta: dict[str, Any]) -> None:
     """Write a checkpoint; an older one of the same name is replaced.
 
     groups: name -> tensors by name, of any device. meta: what JSON can hold (floats come back exactly; NaN is refused).
     """
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        (temporary / META).write_text(json.dumps(meta, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        for name, tensors in groups.items():
-            save_file(_separate(tensors), temporary / f"{name}.safetensors")
-        write_manifest(temporary, FORM, [META, *(f"{name}.safetensors" for name in groups)], {"groups": sorted(groups)})
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.rename(temporary, folder)
+        finish(temporary, folder, [write_parts(temporary, groups)], meta)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)  # a full disk leaves nothing half-written
         raise
+
+
+def finish(temporary: Path, folder: Path, indices: list[dict[str, Any]], meta: dict[str, Any]) -> None:
+    """Make of a folder that holds every process' parts a checkpoint, and give it its name. indices: of write_parts."""
+    index = merged(indices)
+    (temporary / META).write_text(json.dumps(meta, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_manifest(temporary, FORM, [META], {"groups": index["groups"]}, index["files"])
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.rename(temporary, folder)
     fsync_folder(folder.parent)
+
+
+class Stored:
+    """A checkpoint that is being read. Its manifest is verified at once, `meta` and every tensor when it is read.
+
+    `check` verifies files as a whole. Raises CheckpointError, as all of its methods do.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.manifest = _manifest(self.folder)
+        self.parts = Parts(self.folder, self.manifest)
+        self.groups: dict[str, dict[str, Any]] = self.parts.groups  # what is there: name -> {"dtype", "shape", ...}
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        self._check(META)
+        return json.loads((self.folder / META).read_text(encoding="utf-8"))
+
+    def check(self, groups: list[str] | None = None, rank: int = 0, size: int = 1) -> None:
+        """Compare files with the manifest, and every tensor in them. groups: only theirs (None: all).
+
+        Of `size` processes each compares its share of the files, number `rank` those from there on: one of them finds
+        what there is to be found.
+        """
+        for group in groups or ():
+            if group not in self.groups:
+                raise CheckpointError(
+                    f"{self.folder}: got no group {group!r}, expected one of {', '.join(self.groups)}"
+                )
+        files = self.parts.files(list(self.groups) if groups is None else groups)
+        for file in [META, *files][rank::size]:
+            self._check(file)
+
+    def read(
+        self, group: str, name: str, at: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """A tensor, or the block of it of `shape` that begins at `at`; on the CPU."""
+        return self.parts.read(group, name, at, shape)
+
+    def load(self, groups: list[str] | None = None) -> dict[str, dict[str, Tensor]]:
+        """Whole tensors by group and name."""
+        names = list(self.groups) if groups is None else groups
+        return {group: {name: self.read(group, name) for name in self.groups[group]} for group in names}
+
+    def _check(self, file: str) -> None:
+        try:
+            check_files(self.folder, self.manifest, [file])
+        except ManifestError as error:
+            where = self.parts.damage(file) if "damaged" in str(error) else ""
+            raise CheckpointError(f"{error}{where and f'; the damage is in {where}'}") from None
+        if where := self.parts.damage(file):
+            raise CheckpointError(f"{self.folder / file}: damaged before it was on disk, in {where}; restore it")
 
 
 def read_checkpoint(
@@ -65,25 +119,9 @@ def read_checkpoint(
 
     Raises CheckpointError.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    folder = Path(folder)
-    manifest = _manifest(folder)
-    stored = manifest["facts"]["groups"]
-    for name in groups or ():
-        if name not in stored:
-            raise CheckpointError(f"{folder}: got no group {name!r}, expected one of {', '.join(stored)}")
-    names = stored if groups is None else groups
-    files = [META, *(f"{name}.safetensors" for name in names)]
-    try:
-        check_files(folder, manifest, files)
-        meta = json.loads((folder / META).read_text(encoding="utf-8"))
-        return {name: load_file(folder / f"{name}.safetensors") for name in names}, meta
-    except CheckpointError:
-        raise
-    except (ManifestError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: {error}" if isinstance(error, SafetensorError) else str(error)) from None
+    stored = Stored(folder)
+    stored.check(groups)
+    return stored.load(groups), stored.meta
 
 
 def checkpoint_sha256(folder: str | Path) -> str:
@@ -117,60 +155,6 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], where: str | Pat
             tensor.copy_(tensors[name])
 
 
-class CheckpointHome:
-    """A folder of checkpoints named by images seen. Only the newest `keep` stay."""
-
-    def __init__(self, folder: str | Path, keep: int = 2):
-        self.folder = Path(folder)
-        self.keep = keep
-
-    def all(self) -> list[Path]:
-        """Finished checkpoints, oldest first."""
-        return sorted(path for path in self.folder.glob("[0-9]*") if path.is_dir())
-
-    def save(self, images: int, groups: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> Path:
-        """Raises CheckpointError where it cannot be written, a full disk say; those before it are whole."""
-        from safetensors import SafetensorError
-
-        path = self.folder / f"{images:012d}"
-        try:
-            write_checkpoint(path, groups, meta)
-        except (OSError, SafetensorError) as error:
-            size = sum(tensor.nbytes for tensors in groups.values() for tensor in tensors.values())
-            before = self.all()
-            raise CheckpointError(
-                f"{path}: the checkpoint cannot be written ({getattr(error, 'strerror', None) or error}); it takes "
-                f"{size / 1e9:,.3f} GB, {shutil.disk_usage(self.folder).free / 1e9:,.3f} GB are free: make room, then "
-                f"the same command goes on from {f'{before[-1]}, which is whole' if before else 'the start'}"
-            ) from error
-        for old in self.all()[: -self.keep]:
-            shutil.rmtree(old)
-        return path
-
-    def sweep(self) -> None:
-        """Remove what a killed process left unfinished. Only one process may: the one that writes."""
-        for stray in self.folder.glob(".[0-9]*"):
-            shutil.rmtree(stray, ignore_errors=True)
-
-    def newest(self, warn: Callable[[str], None] = print) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-        """The newest checkpoint that is whole; None where there is none at all.
-
-        A damaged one is named to `warn` and passed over. Raises CheckpointError when all are damaged.
-        """
-        damage: list[CheckpointError] = []
-        for path in reversed(self.all()):
-            try:
-                return read_checkpoint(path)
-            except CheckpointError as error:
-                warn(f"passing over a checkpoint: {error}")
-                damage.append(error)
-        if damage:
-            raise CheckpointError(
-                f"no checkpoint in {self.folder} is whole ({damage[0]}); delete that folder to start over"
-            )
-        return None
-
-
 def _manifest(folder: Path) -> dict[str, Any]:
     if folder.is_file():
         kind = "a pickle, which can run code when it is read: refused" if folder.suffix in PICKLES else "a file"
@@ -188,17 +172,3 @@ def _manifest(folder: Path) -> dict[str, Any]:
         return read_manifest(folder, FORM)
     except ManifestError as error:
         raise CheckpointError(str(error)) from None
-
-
-def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """CPU copies where needed; safetensors refuses tensors that share memory."""
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != tensor.numel() * tensor.element_size():
-            tensor = tensor.clone()
-        seen.add(storage.data_ptr())
-        result[name] = tensor
-    return result

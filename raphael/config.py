@@ -49,6 +49,7 @@ class LoopConfig:
     precision: Literal["auto", "fp32", "bf16"]  # auto: bf16 where the processor multiplies it natively
     log_every_images: Count
     checkpoint_every_images: Count
+    keep_checkpoints: Count  # the newest so many; the one with the lowest held-out loss stays, too
     sample_every_images: NonNegative  # 0: never; else also at 0 and at the end
     heldout_every_images: NonNegative  # measure the held-out loss; 0: never; else also at 0 and at the end
 

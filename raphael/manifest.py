@@ -21,18 +21,16 @@ class ManifestError(StageError, ValueError):
     """A folder does not hold what its manifest says. One line: the file, got, expected, what to do."""
 
 
-def write_manifest(folder: Path, form: str, files: list[str], facts: dict[str, Any]) -> str:
+def write_manifest(
+    folder: Path, form: str, files: list[str], facts: dict[str, Any], known: dict[str, dict[str, Any]] | None = None
+) -> str:
     """Hash `files` of `folder` and write manifest.json to disk, the last step of finishing a folder. Returns its
     sha256.
 
-    form: name and version of the format, such as "raphael-records/1".
+    form: name and version of the format, such as "raphael-records/1". known: entries of further files, as
+    `file_entry` made them.
     """
-    entries = {}
-    for name in sorted(files):
-        path = folder / name
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-        entries[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    entries = {**{name: file_entry(folder / name) for name in files}, **(known or {})}
     content = {"format": form, "files": entries, "facts": facts}
     sha256 = _sha256(content)
     temporary = folder / f".{NAME}"
@@ -43,6 +41,13 @@ def write_manifest(folder: Path, form: str, files: list[str], facts: dict[str, A
     os.replace(temporary, folder / NAME)
     fsync_folder(folder)
     return sha256
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """Bring a file to disk; what a manifest says of it: {"bytes", "sha256"}."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def read_manifest(folder: str | Path, form: str) -> dict[str, Any]:

@@ -16,8 +16,8 @@ ROOMS = ("raphael", "data_pipeline", "flows", "tests", "benchmarks")
 STANDARD = set(sys.stdlib_module_names)
 LONGEST_FILE, LONGEST_FUNCTION, LONGEST_LOOP, MOST_ARGUMENTS = 400, 60, 150, 8
 GROUND_FLOOR = set(
-    "checkpoint config config_data manifest precision preset randomness ray_cluster records registry sampling stage "
-    "strict tracking".split()
+    "checkpoint checkpoint_home checkpoint_parts config config_data manifest precision preset randomness ray_cluster "
+    "records registry sampling stage strict tracking".split()
 )
 PURE = ("raphael/net/", "raphael/diffusion/", "raphael/objectives/", "raphael/train/loop.py")
 PURE_MAY = {"torch", "numpy", "einops"}

@@ -8,12 +8,12 @@ import torch
 
 from raphael.checkpoint import (
     CheckpointError,
-    CheckpointHome,
     checkpoint_sha256,
     load_weights,
     read_checkpoint,
     write_checkpoint,
 )
+from raphael.checkpoint_home import CheckpointHome
 from raphael.stage import StageError
 
 

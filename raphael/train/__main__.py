@@ -26,7 +26,7 @@ REPORTED_DIGITS = 6  # of losses, in the report: what a person compares
 
 def run(config: Config, stage: Stage) -> None:
     from raphael import tracking
-    from raphael.checkpoint import CheckpointHome
+    from raphael.checkpoint_home import CheckpointHome
     from raphael.registry import register_model
 
     check_machine(config)
@@ -119,7 +119,8 @@ def start_run(config: Config, stage: Stage, folders: Folders) -> Job:
         tracker.dataset("records", read_manifest(folders.records, FORM)["sha256"], "data/records", "training")
         for name, digest in tracking.dvc_hashes(stage.root).items():
             tracker.dataset(name, digest, name, "lineage")
-    return Job(config, folders, uri, run_id, tracking.journal_of(stage.root, run_id))
+    revision = tracking.git_revision(stage.root)
+    return Job(config, folders, uri, run_id, tracking.journal_of(stage.root, run_id), revision)
 
 
 def work(job: Job, watcher: Watcher) -> None:

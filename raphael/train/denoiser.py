@@ -68,6 +68,7 @@ class Job:
     tracking_uri: str = ""
     run_id: str | None = None
     journal: Path | None = None  # of the tracker; None: nothing is tracked
+    git_revision: str = "unknown"
 
 
 def build_denoising(config: Config, folders: Folders) -> tuple[DenoisingObjective, Records]:
@@ -182,6 +183,8 @@ def train_denoiser(job: Job, world: World) -> dict[str, Any]:
         enough=patience(settings),
         progress=events.progress,
         say=lambda line: events.write({"say": line}),
+        about=about(job, records) if chief else {},
+        best_by=judged_by(settings),
     )
     return train(
         objective,
@@ -196,12 +199,31 @@ def train_denoiser(job: Job, world: World) -> dict[str, Any]:
 
 
 def patience(settings: TrainConfig) -> Callable[[list[dict[str, float]]], bool]:
-    """When the held-out loss of the averaged weights (of the last ones, where there is no average) had its chances."""
+    """When the held-out loss had its chances."""
     from raphael.train.start import Patience
 
     if not settings.patience:
         return lambda points: False
-    return Patience(f"heldout/{'ema' if settings.loop.ema_decay else 'raw'}/denoise", settings.patience)
+    return Patience(judged_by(settings), settings.patience)
+
+
+def judged_by(settings: TrainConfig) -> str:
+    """The held-out loss of the averaged weights; of the last ones, where there is no average."""
+    return f"heldout/{'ema' if settings.loop.ema_decay else 'raw'}/denoise"
+
+
+def about(job: Job, records: Records) -> dict[str, Any]:
+    """What a checkpoint says of its making."""
+    config = job.config
+    return {
+        "git_revision": job.git_revision,
+        "records_sha256": records.sha256,
+        "config": {
+            "picture": to_dict(config.picture),
+            "preset": to_dict(config.model.load()),
+            "train": to_dict(config.train),
+        },
+    }
 
 
 class Events:

@@ -42,6 +42,8 @@ class Subset:
     def __init__(self, data: Any, rows: np.ndarray):
         self.data, self.rows = data, np.asarray(rows, dtype=np.int64)
         self.keys = [data.keys[row] for row in self.rows]
+        if (whole := getattr(data, "sha256", None)) is not None:
+            self.sha256 = hashlib.sha256(whole.encode() + self.rows.tobytes()).hexdigest()
         ends = np.cumsum(getattr(data, "bucket_counts", (len(data),)))
         held = np.searchsorted(ends, self.rows, side="right")
         self.bucket_counts = tuple(np.bincount(held, minlength=len(ends)).tolist())

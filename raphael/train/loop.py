@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raphael.checkpoint import CheckpointHome
+from raphael.checkpoint_home import CheckpointHome
 from raphael.config import LoopConfig
 from raphael.randomness import SampleRng
 from raphael.train.batches import Batches
@@ -32,6 +32,7 @@ from raphael.train.faults import BadSteps, TrainingError
 from raphael.train.meter import Meter
 from raphael.train.optim import clip_gradients, learning_rate
 from raphael.train.parallel import Replica, prepare
+from raphael.train.saver import Saver
 from raphael.train.state import State
 from raphael.train.watchdog import Watchdog
 from raphael.train.world import World
@@ -78,6 +79,9 @@ class Hooks:
     progress(images): a step ended. say(line): something a person should read. enough(points): whether to end before
     num_images, asked of the held-out points, or of the logged ones where nothing is held out; on every rank, so it must
     be a function of them alone (raphael/train/start.py).
+
+    about: what every checkpoint's meta says of its making (revision, data, configuration). best_by: the held-out metric
+    by whose lowest value a checkpoint is the best, such as "heldout/ema/denoise"; "": none is.
     """
 
     on_log: Callable[[dict[str, float], int], None] = _nothing
@@ -87,6 +91,8 @@ class Hooks:
     progress: Callable[[int], None] = _nothing
     say: Callable[[str], None] = print
     enough: Callable[[list[dict[str, float]]], bool] = lambda _: False
+    about: dict[str, Any] = field(default_factory=dict)
+    best_by: str = ""
 
 
 def train(
@@ -104,7 +110,7 @@ def train(
 
     data: len() and batch(indices) -> arrays (B, ...); bucket_counts where samples have several shapes: a step is then
     of one shape (raphael/train/batches.py).
-    folder: of the checkpoints, shared by all ranks; the newest two stay.
+    folder: of the checkpoints, shared by all ranks; the newest loop.keep_checkpoints stay, and the best.
     tracker: gets every logged point once (step = images). Points are means over the steps since the one before.
 
     Returns {"images", "history" (list of points, each with "images" and "train/<name>"), "heldout" (the same with
@@ -121,13 +127,15 @@ def train(
     buckets = getattr(data, "bucket_counts", ())
     batches = Batches(seed, len(data), loop.batch_size, world.rank, world.size, buckets)
     order = {"seed": seed, "num_samples": len(data)} | ({"buckets": list(buckets)} if len(buckets) > 1 else {})
+    if (sha256 := getattr(data, "sha256", None)) is not None:
+        order["data_sha256"] = sha256
     state = State(objective, loop, order)
-    home = CheckpointHome(folder)
+    home = CheckpointHome(folder, loop.keep_checkpoints)
     if chief:
         home.sweep()
     resumed_at = None
-    if (newest := home.newest(say)) is not None:
-        for note in state.unpack(*newest, where=folder):
+    if (newest := home.find(hooks.say, world.rank, world.size, world.any)) is not None:
+        for note in state.unpack(newest, where=folder):
             say(note)
         resumed_at = state.images
         if resumed_at < loop.num_images:
@@ -138,7 +146,7 @@ def train(
     if state.images < loop.num_images:
         say(replica.outlook(state))
 
-    with _StopRequest() as stop, Watchdog(world, hooks.say) as watchdog:
+    with Saver(home, world) as saver, _StopRequest() as stop, Watchdog(world, hooks.say) as watchdog:
         while True:
             # Periodic work. At the very image count of a checkpoint it was all done before that was written.
             watchdog.at("between two steps", state.images)
@@ -178,15 +186,17 @@ def train(
                         _share_sums(state, world)
                     if chief or world.sharded:
                         with meter.paused():
-                            packed = state.pack(chief)
-                            if chief:
-                                home.save(state.images, *packed)
+                            groups, meta = state.pack(chief)
+                            meta |= {"about": hooks.about, **_score(hooks, state)}
+                            saver.save(state.images, groups, meta)
 
             # Stop test.
             if done:
                 break
             if stopping:
+                saver.wait()
                 stop.leave(say, state.images)
+            saver.check()
 
             # Step.
             watchdog.at("reading its batch", state.images)
@@ -217,6 +227,14 @@ def train(
 
 def _enough(hooks: Hooks, state: State) -> bool:
     return hooks.enough(state.history if hooks.heldout is None else state.heldout)
+
+
+def _score(hooks: Hooks, state: State) -> dict[str, Any]:
+    """By what a checkpoint may be the best: the held-out loss, where it was measured at this very image count."""
+    point = state.heldout[-1] if state.heldout else {}
+    if point.get("images") != state.images or hooks.best_by not in point:
+        return {}
+    return {"score": {"metric": hooks.best_by, "value": point[hooks.best_by]}}
 
 
 def _due(every: int, state: State) -> bool:

@@ -186,7 +186,12 @@ class Replica:
         if world.sharded:  # whole ones, between forward and backward
             parts["gathered weights"] = sum(parameter.numel() * 4 for parameter in state.parameters.values())
         memory = " + ".join(f"{name} {size / 2**20:,.1f}" for name, size in parts.items() if size)
-        return f"{', '.join(on)}; {memory} = {sum(parts.values()) / 2**20:,.1f} MiB a worker, activations beside"
+        copied = trained + sum(tensor.nbytes for tensor in [*self.objective.buffers(), *averages])
+        copied += state.optimizer.expected_bytes()
+        return (
+            f"{', '.join(on)}; {memory} = {sum(parts.values()) / 2**20:,.1f} MiB a worker, activations beside; "
+            f"{copied / 2**20:,.1f} MiB of main memory while a checkpoint is written"
+        )
 
 
 def release(objective: nn.Module) -> None:

@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raphael.checkpoint import CheckpointError
+from raphael.checkpoint import Stored
+from raphael.checkpoint_parts import CheckpointError, Groups
 from raphael.config import LoopConfig
 from raphael.strict import to_dict
 from raphael.train.ema import Ema
 from raphael.train.optim import make_optimizer
-from raphael.train.sharding import as_shared, is_shared_out, own, whole
+from raphael.train.sharding import own, place, to_save
 
 RECENT = 64  # losses whose median a spike is measured by
 # Settings that may change between a checkpoint and its resumption (num_images: upwards)
 FREE = (
     "num_images", "log_every_images", "checkpoint_every_images", "sample_every_images", "heldout_every_images",
-    "max_bad_steps", "spike_factor", "ema_on_cpu",
+    "max_bad_steps", "spike_factor", "ema_on_cpu", "keep_checkpoints",
 )  # fmt: skip
 MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum")  # of AdamW, of Muon
 
@@ -88,11 +89,9 @@ class State:
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
         self.summed_steps += 1
 
-    def pack(self, chief: bool = True) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """(groups, meta) for raphael.checkpoint: whole tensors, whatever the number of workers.
-
-        Where tensors are shared out every rank must call this, one tensor at a time is gathered, and only the chief
-        keeps them, on the CPU.
+    def pack(self, chief: bool = True) -> tuple[Groups, dict[str, Any]]:
+        """(groups, meta) for a checkpoint: whole tensors, or this rank's shares of those that are shared out, with
+        whole ones at the chief alone. Nothing is copied or sent: it holds until the next step.
         """
         optimizer = {
             f"{name}.{moment}": tensor
@@ -106,12 +105,12 @@ class State:
             "sums": dict(self.sums),
             "recent": {"losses": self.recent},
         }
-        groups = {kind: _gathered(tensors, chief) for kind, tensors in groups.items()}
+        groups = {kind: to_save(tensors, chief) for kind, tensors in groups.items()}
         meta = {
             "images_seen": self.images,
             "summed_steps": self.summed_steps,
-            "history": self.history,
-            **({"heldout": self.heldout} if self.heldout else {}),
+            "history": list(self.history),
+            **({"heldout": list(self.heldout)} if self.heldout else {}),
             "bad_in_row": self.bad_in_row,
             "extended": self.extended,
             "facts": self.facts,
@@ -119,35 +118,35 @@ class State:
         }
         return groups, meta
 
-    def unpack(self, groups: dict[str, dict[str, Tensor]], meta: dict[str, Any], where: object) -> list[str]:
-        """Become what was packed. Returns lines that a person should read.
+    def unpack(self, stored: Stored, where: object) -> list[str]:
+        """Become what was packed, by whatever number of workers; of what is shared out this rank reads its share.
+        Returns lines that a person should read.
 
         Raises CheckpointError where it belongs to another training. The pace of logs, checkpoints and pictures may be
         another, the rules for bad steps too, and num_images larger.
         """
+        meta = stored.meta
         notes = self._compare(meta["facts"], meta["images_seen"], where)
         self.extended = [*meta.get("extended", []), *self.extended]
         mine = {"model": {**self.parameters, **self.buffers}}
         for kind, tensors in (mine | {name: average.average for name, average in self.averages.items()}).items():
-            _copy(tensors, groups.get(kind, {}), f"{where}: {kind}")
-        stored = groups["optimizer"]
+            _copy(tensors, stored, kind, f"{where}: {kind}")
         moments = {
             parameter: {
-                moment: _as_laid_out(stored[f"{name}.{moment}"], parameter)
+                moment: _moment(stored, f"{name}.{moment}", parameter)
                 for moment in MOMENTS
-                if f"{name}.{moment}" in stored
+                if f"{name}.{moment}" in stored.groups["optimizer"]
             }
             for name, parameter in self.parameters.items()
         }
         self.optimizer.restore({parameter: found for parameter, found in moments.items() if found})
         device = next(iter(self.parameters.values())).device
-        self.sums = {name: tensor.to(device) for name, tensor in groups["sums"].items()}
+        self.sums = {name: stored.read("sums", name).to(device) for name in stored.groups["sums"]}
         self.images, self.summed_steps, self.history = meta["images_seen"], meta["summed_steps"], meta["history"]
         for average in self.averages.values():
             average.count = self.step
         self.heldout, self.bad_in_row = meta.get("heldout", []), meta.get("bad_in_row", 0)
-        if "recent" in groups:
-            self.recent = groups["recent"]["losses"].to(device)
+        self.recent = stored.read("recent", "losses").to(device)
         return notes
 
     def _compare(self, stored: dict[str, Any], images: int, where: object) -> list[str]:
@@ -190,37 +189,30 @@ def sha256_of(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _gathered(tensors: dict[str, Tensor], chief: bool) -> dict[str, Tensor]:
-    found = {}
-    for name, tensor in tensors.items():
-        full = whole(tensor.detach()).cpu() if is_shared_out(tensor) else tensor
-        if chief:
-            found[name] = full
-    return found
-
-
-def _as_laid_out(moment: Tensor, parameter: Tensor) -> Tensor:
+def _moment(stored: Stored, name: str, parameter: Tensor) -> Tensor:
     """On the parameter's device (fused AdamW keeps its count there, too), in the parameter's order in memory.
 
     A file knows one order only. Fused AdamW pairs a parameter with its moments by their places in memory: moments of a
     channels-last convolution in the order of the file would be those of other weights, without a word.
     """
-    if moment.shape != parameter.shape:
-        return moment.to(parameter.device)
-    moment = as_shared(moment, like=parameter)
-    return torch.empty_like(parameter, dtype=moment.dtype, requires_grad=False).copy_(moment)
+    if stored.groups["optimizer"][name]["shape"] != list(parameter.shape):
+        return stored.read("optimizer", name).to(parameter.device)
+    share = stored.read("optimizer", name, place(parameter), tuple(own(parameter).shape))
+    moment = torch.empty_like(parameter, dtype=share.dtype, requires_grad=False)
+    own(moment).copy_(share)
+    return moment
 
 
 @torch.no_grad()
-def _copy(mine: dict[str, Tensor], stored: dict[str, Tensor], where: str) -> None:
-    if mine.keys() != stored.keys():
-        name = sorted(mine.keys() ^ stored.keys())[0]
+def _copy(mine: dict[str, Tensor], stored: Stored, kind: str, where: str) -> None:
+    theirs = stored.groups.get(kind, {})
+    if mine.keys() != theirs.keys():
+        name = sorted(mine.keys() ^ theirs.keys())[0]
         raise CheckpointError(
-            f"{where}: {name} is only in {'the checkpoint' if name in stored else 'this model'}; other preset?"
+            f"{where}: {name} is only in {'the checkpoint' if name in theirs else 'this model'}; other preset?"
         )
     for name, tensor in mine.items():
-        if tensor.shape != stored[name].shape:
-            raise CheckpointError(
-                f"{where}: {name}: got shape {list(stored[name].shape)}, expected {list(tensor.shape)}; other preset?"
-            )
-        own(tensor.detach()).copy_(own(as_shared(stored[name], like=tensor)))
+        if (shape := theirs[name]["shape"]) != list(tensor.shape):
+            raise CheckpointError(f"{where}: {name}: got shape {shape}, expected {list(tensor.shape)}; other preset?")
+        tensor = tensor.detach()
+        own(tensor).copy_(stored.read(kind, name, place(tensor), tuple(own(tensor).shape)))

@@ -11,7 +11,7 @@ from truth import bucket_training
 from truth.toy_training import fingerprint
 from truth.training_workspace import ROOT, write_workspace
 
-from raphael.checkpoint import CheckpointHome
+from raphael.checkpoint_home import CheckpointHome
 from raphael.randomness import SampleRng
 from raphael.records import EDGES, MOMENTS, Records
 from raphael.train.denoiser import Folders, Job, build_denoising, drawing_parts

@@ -15,7 +15,8 @@ from torch import nn
 from truth import fault_toy
 from truth.toy_training import LOOP, ToyData, ToyObjective, fingerprint
 
-from raphael.checkpoint import CheckpointError, CheckpointHome, read_checkpoint
+from raphael.checkpoint import CheckpointError, read_checkpoint
+from raphael.checkpoint_home import CheckpointHome
 from raphael.config import load_config
 from raphael.stage import StageError
 from raphael.strict import ConfigError

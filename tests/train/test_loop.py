@@ -10,7 +10,8 @@ import torch
 from truth import toy_training
 from truth.toy_training import LOOP, ToyData, ToyObjective, fingerprint
 
-from raphael.checkpoint import CheckpointError, CheckpointHome
+from raphael.checkpoint import CheckpointError
+from raphael.checkpoint_home import CheckpointHome
 from raphael.train.loop import Hooks, TrainingError, World, _mean_over_ranks, train
 from raphael.train.state import State
 

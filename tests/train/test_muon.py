@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from truth.toy_training import LOOP
 
+from raphael.checkpoint import Stored, write_checkpoint
 from raphael.train.muon import Muon, is_muon_shape, orthogonalised
 from raphael.train.optim import make_optimizer
 from raphael.train.state import State
@@ -112,7 +113,7 @@ def test_a_parameter_without_gradient_stays():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
-def test_going_on_from_a_checkpoint_is_bit_for_bit_never_having_stopped(order, optimizer):
+def test_going_on_from_a_checkpoint_is_bit_for_bit_never_having_stopped(tmp_path, order, optimizer):
     loop = replace(MUON, optimizer=optimizer)
     through = Net().to(memory_format=order)
     state = State(through, loop, {})
@@ -120,18 +121,12 @@ def test_going_on_from_a_checkpoint_is_bit_for_bit_never_having_stopped(order, o
         give_gradients(through, seed)
         state.optimizer.step()
     groups, meta = state.pack()
+    write_checkpoint(tmp_path / "c", groups, meta)
     kept = "momentum" if optimizer == "muon" else "exp_avg"
     assert {f"wide.weight.{kept}", "norm.weight.exp_avg"} <= set(groups["optimizer"])
     later = Net().to(memory_format=order)
     resumed = State(later, loop, {})
-    resumed.unpack(
-        {
-            kind: {k: v.clone(memory_format=torch.contiguous_format) for k, v in group.items()}
-            for kind, group in groups.items()
-        },
-        meta,
-        "here",
-    )
+    resumed.unpack(Stored(tmp_path / "c"), "here")
     for module, at in ((through, state), (later, resumed)):
         give_gradients(module, 9)
         at.optimizer.step()

@@ -11,7 +11,7 @@ from truth import parallel_toy
 from truth.parallel_toy import RUNS, SHORT, BlockObjective
 from truth.toy_training import LOOP, ToyData, ToyObjective, fingerprint
 
-from raphael.checkpoint import CheckpointHome
+from raphael.checkpoint_home import CheckpointHome
 from raphael.strict import ConfigError
 from raphael.train.batches import Batches
 from raphael.train.loop import Hooks, World, train
@@ -193,7 +193,8 @@ def test_the_first_line_says_what_is_on_and_counts_the_bytes(tmp_path, optimizer
     train(Wide(), ToyData(), loop, 7, folder=tmp_path, world=world, hooks=Hooks(say=said.append))
     assert said == [
         f"1 worker on cpu, precision fp32, batch 8 (8 a worker, 3 passes), {optimizer}; weights 4.0 + gradients 4.0 + "
-        f"optimizer {4 * moments}.0 + average 4.0 = {12 + 4 * moments}.0 MiB a worker, activations beside"
+        f"optimizer {4 * moments}.0 + average 4.0 = {12 + 4 * moments}.0 MiB a worker, activations beside; "
+        f"{8 + 4 * moments}.0 MiB of main memory while a checkpoint is written"
     ]
 
 

@@ -10,7 +10,7 @@ import pytest
 from truth import ray_toy
 from truth.toy_training import LOOP, ToyData, ToyObjective
 
-from raphael.checkpoint import CheckpointHome
+from raphael.checkpoint_home import CheckpointHome
 from raphael.ray_cluster import prepare_environment, reason
 from raphael.stage import StageError
 from raphael.train.loop import train
