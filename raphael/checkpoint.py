@@ -76,8 +76,9 @@ class Stored:
         self._check(META)
         return json.loads((self.folder / META).read_text(encoding="utf-8"))
 
-    def check(self, groups: list[str] | None = None, rank: int = 0, size: int = 1) -> None:
-        """Compare files with the manifest, and every tensor in them. groups: only theirs (None: all).
+    def check(self, groups: list[str] | None = None, rank: int = 0, size: int = 1, tensors: bool = True) -> None:
+        """Compare files with the manifest, and every tensor in them (tensors False: reading them will do that, in this
+        very process). groups: only theirs (None: all).
 
         Of `size` processes each compares its share of the files, number `rank` those from there on: one of them finds
         what there is to be found.
@@ -89,7 +90,7 @@ class Stored:
                 )
         files = self.parts.files(list(self.groups) if groups is None else groups)
         for file in [META, *files][rank::size]:
-            self._check(file)
+            self._check(file, tensors)
 
     def read(
         self, group: str, name: str, at: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None
@@ -102,13 +103,13 @@ class Stored:
         names = list(self.groups) if groups is None else groups
         return {group: {name: self.read(group, name) for name in self.groups[group]} for group in names}
 
-    def _check(self, file: str) -> None:
+    def _check(self, file: str, tensors: bool = False) -> None:
         try:
             check_files(self.folder, self.manifest, [file])
         except ManifestError as error:
             where = self.parts.damage(file) if "damaged" in str(error) else ""
             raise CheckpointError(f"{error}{where and f'; the damage is in {where}'}") from None
-        if where := self.parts.damage(file):
+        if tensors and (where := self.parts.damage(file)):
             raise CheckpointError(f"{self.folder / file}: damaged before it was on disk, in {where}; restore it")
 
 
@@ -120,7 +121,7 @@ def read_checkpoint(
     Raises CheckpointError.
     """
     stored = Stored(folder)
-    stored.check(groups)
+    stored.check(groups, tensors=False)
     return stored.load(groups), stored.meta
 
 

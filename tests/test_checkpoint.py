@@ -4,6 +4,7 @@ import os
 import pickle
 import random
 import shutil
+import signal
 import threading
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 import xxhash
 
-from raphael import checkpoint_home, checkpoint_parts
+from raphael import checkpoint, checkpoint_home, checkpoint_parts
 from raphael.checkpoint import (
     FORM,
     CheckpointError,
@@ -270,6 +271,26 @@ def test_the_chief_waits_for_every_part_and_says_who_failed(tmp_path):
     with pytest.raises(CheckpointError, match=r"worker 1: .*256: the checkpoint cannot be written \(No space left"):
         home.save(256, by_two(0), META, Crew(0, 2, "c"))
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["000000000064", "000000000192"]
+
+
+@pytest.mark.parametrize("moment", ["the first file", "the manifest", "the name"])
+def test_killed_in_the_middle_of_writing_the_one_before_is_whole_and_the_rest_is_swept(tmp_path, moment):
+    home = CheckpointHome(tmp_path)
+    home.save(64, groups(), {**META, "images": 64})
+    if not (child := os.fork()):
+        place, name = {
+            "the first file": (checkpoint_parts, "file_entry"), "the manifest": (checkpoint, "write_manifest"),
+            "the name": (os, "rename"),
+        }[moment]  # fmt: skip
+        setattr(place, name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        home.save(128, groups(1), META)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    (stray,) = [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert any(stray.iterdir()) and (stray / "manifest.json").exists() == (moment == "the name")
+    assert [path.name for path in home.all()] == ["000000000064"] and home.newest()[1]["images"] == 64
+    home.sweep()
+    assert [path.name for path in tmp_path.iterdir()] == ["000000000064"]
 
 
 def test_the_newest_stay_and_the_best_beside_them(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 from truth.training_workspace import ROOT, write_workspace
 
 from raphael.checkpoint import read_checkpoint
+from raphael.checkpoint_home import CheckpointHome
 from raphael.config import load_config
 from raphael.stage import StageError
 from raphael.train.denoiser import Folders, check_fit, sample_prompts
@@ -82,6 +83,16 @@ def test_the_stage_leaves_a_whole_pipeline_folder_and_a_report(trained):
     assert report["total"] == report["kept"] == 64 and report["parameters"] > 0
     assert any("space_load" in name for name in report["experts"])
     assert "64/64 images  loss" in out and "images/s" in out
+    (home,) = folder.glob("work/train/*/checkpoints")
+    _, state = CheckpointHome(home).newest()
+    assert state["about"]["git_revision"] == meta["git_revision"]
+    assert state["about"]["records_sha256"] == meta["records_sha256"] and len(state["facts"]["data_sha256"]) == 64
+    assert state["about"]["config"]["train"]["loop"]["num_images"] == 64
+    measured = {point["images"]: point["heldout/ema/denoise"] for point in heldout if point["images"]}
+    best = min(measured, key=measured.get)
+    assert CheckpointHome(home).best() == {
+        "checkpoint": f"{best:012d}", "metric": "heldout/ema/denoise", "value": measured[best],
+    }  # fmt: skip
 
 
 @pytest.mark.slow
