@@ -17,7 +17,9 @@ from raphael.stage import Stage, StageError, main
 from raphael.strict import to_dict
 
 if TYPE_CHECKING:
+    from raphael.config import AutoencoderConfig
     from raphael.encoders.autoencoder import Autoencoder
+    from raphael.objectives.autoencoding import AutoencodingObjective
 
 OUT = Path("models/autoencoder")
 MEASURED_PICTURES = 1024  # of the scaling: evenly spread over the training pictures
@@ -47,6 +49,7 @@ def run(config: Config, stage: Stage) -> None:
         pretrained=settings.pretrained or None,
         trained_on=0 if settings.pretrained else len(train_rows),
         heldout=len(held_rows),
+        lpips=None if settings.pretrained else perceptual_state(settings),
         parameters=sum(parameter.numel() for parameter in autoencoder.parameters()),
         **autoencoder.facts(),
         **quality,
@@ -60,20 +63,55 @@ def _train(
     import torch
 
     from raphael.encoders.autoencoder import build_autoencoder
-    from raphael.objectives.autoencoding import AutoencodingObjective
     from raphael.train.loop import Hooks, train
 
     settings = config.autoencoder
     torch.manual_seed(config.seed)
     autoencoder = build_autoencoder(settings)
     autoencoder.to(memory_format=torch.channels_last)
-    objective = AutoencodingObjective(autoencoder, settings.kl_weight, settings.gradient_weight, settings.crop_px)
+    objective = build_objective(autoencoder, settings)
     with stage.progress(settings.loop.num_images, "images") as bar:
         hooks = Hooks(progress=lambda images: bar.update(images - bar.bar.n))
         data = TrainingData(pictures, rows)
         outcome = train(objective, data, settings.loop, config.seed, folder=work / "checkpoints", hooks=hooks)
     _use_average(objective, outcome["ema"], settings.loop.ema_decay)
     return autoencoder.eval(), outcome["history"]
+
+
+def build_objective(autoencoder: Autoencoder, settings: AutoencoderConfig) -> AutoencodingObjective:
+    """With the losses that the settings name. Raises StageError where a file of LPIPS cannot be read."""
+    from raphael.objectives.adversarial import AdversarialLoss
+    from raphael.objectives.autoencoding import AutoencodingObjective
+    from raphael.objectives.perceptual import load_lpips
+
+    perceptual, adversarial = None, None
+    if perceptual_state(settings) == "on":
+        files = (Path(name).expanduser() for name in (settings.perceptual.backbone, settings.perceptual.heads))
+        try:
+            perceptual = load_lpips(*files)
+        except ValueError as error:
+            raise StageError(f"autoencoder.perceptual: {error}") from None
+    if settings.adversarial.weight:
+        facts = settings.adversarial
+        adversarial = AdversarialLoss(facts.weight, facts.start_images, facts.channels, facts.layers)
+    return AutoencodingObjective(
+        autoencoder,
+        settings.kl_weight,
+        settings.gradient_weight,
+        settings.crop_px,
+        perceptual=perceptual,
+        perceptual_weight=settings.perceptual.weight,
+        adversarial=adversarial,
+    )
+
+
+def perceptual_state(settings: AutoencoderConfig) -> str:
+    """Whether LPIPS takes part in the loss; if not, why, for the report."""
+    if not settings.perceptual.weight:
+        return "off: autoencoder.perceptual.weight is 0"
+    if not settings.perceptual.backbone:
+        return "off: no autoencoder.perceptual.backbone is given"
+    return "on"
 
 
 def _use_average(objective: Any, averaged: dict[str, Any], decay: float) -> None:

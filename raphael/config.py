@@ -92,6 +92,30 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class PerceptualConfig:
+    """LPIPS in the autoencoder's loss; off where no backbone is given."""
+
+    weight: Annotated[float, Range(0)]
+    backbone: str  # path of torchvision's vgg16 weights
+    heads: str  # path of LPIPS' v0.1/vgg.pth
+
+    def __post_init__(self) -> None:
+        if bool(self.backbone) != bool(self.heads):
+            missing, given = ("heads", "backbone") if self.backbone else ("backbone", "heads")
+            raise ValueError(f"{missing}: got nothing with a {given} file, expected both files, or neither: LPIPS off")
+
+
+@dataclass(frozen=True)
+class AdversarialConfig:
+    """A patch discriminator in the autoencoder's loss; 0.5 from 50,000 steps on in latent diffusion."""
+
+    weight: Annotated[float, Range(0)]  # 0: off
+    start_images: NonNegative
+    channels: Count
+    layers: Count
+
+
+@dataclass(frozen=True)
 class AutoencoderConfig:
     """The KL autoencoder: loaded from `pretrained` (a folder, a hub id, or a TAEF2 weights folder) or trained here."""
 
@@ -103,6 +127,8 @@ class AutoencoderConfig:
     kl_weight: Annotated[float, Range(0)]
     gradient_weight: Annotated[float, Range(0)]  # L1 of picture gradients: keeps outlines sharp
     crop_px: NonNegative  # side of the squares that the training cuts from pictures; 0: whole pictures
+    perceptual: PerceptualConfig
+    adversarial: AdversarialConfig
     loop: LoopConfig
 
     def __post_init__(self) -> None:

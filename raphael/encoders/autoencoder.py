@@ -77,6 +77,13 @@ class Autoencoder(nn.Module):
             return self.network.decode(latents) * 2 - 1
         return self.network.decode(latents).sample
 
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight of the decoder's last convolution, by which its losses are balanced."""
+        if self.tiny:
+            raise ValueError("last_layer: got TAEF2, expected an AutoencoderKL: TAEF2 is not trained here")
+        return self.network.decoder.conv_out.weight
+
     def facts(self) -> dict[str, Any]:
         """What the records and the reports say of this autoencoder."""
         return {

@@ -1,8 +1,12 @@
-"""The KL autoencoder's training: L1 of the picture and of its gradients, and the posterior's KL to N(0, 1).
+"""The KL autoencoder's training, as in latent diffusion (Rombach et al. 2022, arXiv 2112.10752, section 3.1 and G).
 
-L = mean |x - x'| + gradient_weight * mean |grad x - grad x'| + kl_weight * KL,
-KL = 1/2 sum(mu^2 + sigma^2 - 1 - log sigma^2) per picture, as in latent diffusion (Rombach et al. 2022), there with
-a perceptual and an adversarial loss in the place of the gradients': those need weights not to be had everywhere.
+    L = L_rec + kl_weight * KL + adversarial,
+    L_rec = mean |x - x'| + gradient_weight * mean |grad x - grad x'| + perceptual_weight * LPIPS(x, x'),
+    KL = 1/2 sum(mu^2 + sigma^2 - 1 - log sigma^2) per picture
+
+LPIPS needs a pretrained backbone, and the discriminator long training: both are off in the demo, where the L1 of the
+pictures' gradients keeps outlines sharp. (Latent diffusion divides L_rec by a learned variance, which its code leaves
+at 1.)
 """
 
 from __future__ import annotations
@@ -10,23 +14,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from raphael.objectives.adversarial import AdversarialLoss
+from raphael.objectives.perceptual import Lpips
 from raphael.randomness import SampleRng
 
 IMAGE = "image"  # uint8 (B,H,W,3)
 
 
 class AutoencodingObjective(nn.Module):
-    """objective({"image": uint8 (B,H,W,3)}, rng) -> {"loss", "l1", "gradient", "kl", "psnr"}, scalars in float32.
+    """objective({"image": uint8 (B,H,W,3)}, rng) -> {"loss", "l1", "gradient", "kl", "psnr"}, scalars in float32; also
+    "perceptual", and "generator", "discriminator", "adversarial_balance", where these are on.
 
-    autoencoder: has encode_moments(images) -> raw moments, and decode_raw(latents) -> pictures. crop_px: side of the
+    autoencoder: has encode_moments(images) -> raw moments, decode_raw(latents) -> pictures, and, for an adversarial
+    loss, last_layer: the weight of its last convolution. crop_px: side of the
     square that is cut from each picture, its place drawn from the rng; 0: whole pictures. Four crops of a quarter cost
     as much as one picture and teach more, since a short training wants many different steps.
     """
 
-    def __init__(self, autoencoder: nn.Module, kl_weight: float, gradient_weight: float, crop_px: int = 0):
+    def __init__(
+        self,
+        autoencoder: nn.Module,
+        kl_weight: float,
+        gradient_weight: float,
+        crop_px: int = 0,
+        *,
+        perceptual: Lpips | None = None,
+        perceptual_weight: float = 1.0,
+        adversarial: AdversarialLoss | None = None,
+    ):
         super().__init__()
         self.autoencoder = autoencoder
         self.kl_weight, self.gradient_weight, self.crop_px = kl_weight, gradient_weight, crop_px
+        self.perceptual, self.perceptual_weight, self.adversarial = perceptual, perceptual_weight, adversarial
 
     def forward(self, batch: dict[str, Tensor], rng: SampleRng) -> dict[str, Tensor]:
         images = to_network_range(self._crop(batch[IMAGE], rng))  # (B,3,H,W) in [-1,1]
@@ -38,11 +57,20 @@ class AutoencodingObjective(nn.Module):
         l1 = (images - reconstructions).abs().mean()
         gradient = gradient_l1(images, reconstructions)
         kl = kl_divergence(moments).mean()
-        loss = l1 + self.gradient_weight * gradient + self.kl_weight * kl
+        reconstruction = l1 + self.gradient_weight * gradient
+        facts = {"l1": l1, "gradient": gradient, "kl": kl}
+        if self.perceptual is not None:
+            facts["perceptual"] = self.perceptual(images, reconstructions).mean()
+            reconstruction = reconstruction + self.perceptual_weight * facts["perceptual"]
+        loss = reconstruction + self.kl_weight * kl
+        if self.adversarial is not None:
+            last = self.autoencoder.last_layer
+            added, further = self.adversarial(images, reconstructions, reconstruction, last)
+            loss, facts = loss + added, {**facts, **further}
         with torch.no_grad():
             error = (images - reconstructions.clamp(-1, 1)).square().mean(dim=(1, 2, 3))
             psnr = (10 * torch.log10(4.0 / error.clamp(min=1e-12))).mean()
-        return {"loss": loss, "l1": l1.detach(), "gradient": gradient.detach(), "kl": kl.detach(), "psnr": psnr}
+        return {"loss": loss, **{name: value.detach() for name, value in facts.items()}, "psnr": psnr}
 
     def _crop(self, images: Tensor, rng: SampleRng) -> Tensor:
         height, width = images.shape[1:3]
