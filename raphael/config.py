@@ -89,6 +89,8 @@ class ParallelConfig:
     compile: Literal["none", "blocks"]  # blocks: torch.compile, one transformer block at a time
     max_failures: NonNegative  # restarts of the worker group in one run of the stage
     collective_timeout_s: Positive  # a worker that is silent for so long has failed
+    min_workers: NonNegative  # so many may go on where the cluster has no room for num_workers; 0: only num_workers
+    placement_timeout_s: Positive  # how long the cluster may take to find room, for a lost node to return, say
 
 
 @dataclass(frozen=True)
@@ -234,6 +236,11 @@ class TrainConfig:
         if self.loop.ema_on_cpu and self.parallel.strategy == "fsdp2":
             raise ValueError(
                 "loop.ema_on_cpu: got true with parallel.strategy fsdp2, expected false: averages are shared out"
+            )
+        if self.parallel.min_workers > self.num_workers:
+            raise ValueError(
+                f"parallel.min_workers: got {self.parallel.min_workers} with num_workers {self.num_workers}, expected "
+                "at most num_workers, or 0: only num_workers"
             )
         if self.loop.batch_size % max(1, self.num_workers):
             raise ValueError(

@@ -139,9 +139,19 @@ def work(job: Job, watcher: Watcher) -> None:
         from raphael.train.ray_trainer import Cluster, fit
 
         name = f"train-{job.folders.work.name}-{train.num_workers}"  # holds the hash of settings and data
-        limits = train.parallel.max_failures, train.parallel.collective_timeout_s
-        cluster = Cluster(train.num_workers, train.use_gpu, name, job.folders.work / "ray", *limits)
-        fit(train_denoiser, job, cluster, watcher)
+        cluster = Cluster(
+            train.num_workers,
+            train.use_gpu,
+            name,
+            job.folders.work / "ray",
+            max_failures=train.parallel.max_failures,
+            timeout_s=train.parallel.collective_timeout_s,
+            min_workers=train.parallel.min_workers,
+            placement_timeout_s=train.parallel.placement_timeout_s,
+            batch_size=train.loop.batch_size,
+            checkpoints=job.folders.checkpoints,
+        )
+        fit(train_denoiser, job, cluster, watcher, lambda line: watcher.print(f"train: {line}"))
     watcher()
 
 

@@ -3,12 +3,19 @@
 Ray starts the workers, forms the process group and restarts the group when one dies; the loop is the same as without.
 Our own checkpoints are the truth: a restarted group goes on from the newest one, and nothing is reported to Ray but
 the end.
+
+On a cluster a node may be lost for good. Then a group of fewer workers goes on (min_workers), and grows again after a
+checkpoint when there is room. Ray's own elastic groups would take any number of workers; ours must share a batch
+evenly, and end with a checkpoint just written. So each size is a fit of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +25,20 @@ from raphael.ray_cluster import prepare_environment, reason, start, stop
 from raphael.stage import StageError
 
 POLL_S = 0.5
+NODES_POLL_S = 5.0
+PROBE_S = 3.0  # for room that is there, Ray needs well under a second
+START_RETRIES = 5  # of a group whose worker dies while it starts: on a node that is gone, say, before Ray knows it
+RETRY_S = 5.0
 
 
 @dataclass(frozen=True)
 class Cluster:
     """How many workers, and where they work. name: of the run; it must change with the settings.
 
-    max_failures: restarts of the group in one run. timeout_s: after which a message nobody answers is a failure.
+    max_failures: restarts of a group. timeout_s: after which a message nobody answers is a failure.
+    min_workers: so many may go on where there is no room for all; 0: only all. placement_timeout_s: how long the
+    cluster may take to find room. batch_size: of all workers; a group's number divides it. checkpoints: the folder in
+    which a new name says that a restart loses nothing; None: a group never grows.
     """
 
     num_workers: int
@@ -33,6 +47,10 @@ class Cluster:
     storage: Path  # absolute
     max_failures: int = 3
     timeout_s: float = 600.0
+    min_workers: int = 0
+    placement_timeout_s: float = 300.0
+    batch_size: int = 0
+    checkpoints: Path | None = None
 
     def __post_init__(self) -> None:
         if self.num_workers < 1:
@@ -41,49 +59,170 @@ class Cluster:
                 "in this process, without Ray"
             )
 
+    @property
+    def need(self) -> str:
+        """What of Ray's resources a worker takes one of."""
+        return "GPU" if self.use_gpu else "CPU"
 
-def fit(work: Callable[[Any, Any], Any], job: Any, cluster: Cluster, watch: Callable[[], None] = lambda: None) -> None:
+    def sizes(self) -> list[int]:
+        """How many workers a group may have, the largest first."""
+        fewest = self.min_workers or self.num_workers
+        return [count for count in range(self.num_workers, fewest - 1, -1) if self.batch_size % count == 0]
+
+
+class Regroup(Exception):
+    """This group is over, another of so many workers begins. line: why, for a person."""
+
+    def __init__(self, workers: int, line: str, failed: bool = False):
+        super().__init__(line)
+        self.workers, self.line, self.failed = workers, line, failed
+
+
+def fit(
+    work: Callable[[Any, Any], Any],
+    job: Any,
+    cluster: Cluster,
+    watch: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = print,
+) -> None:
     """Run work(job, world) in `cluster.num_workers` processes, to the end. watch: called about twice a second
-    meanwhile.
+    meanwhile. say(line): a node is lost, the group changes.
 
     Ctrl-C, SIGTERM (SystemExit) and exceptions end Ray and all its processes before they go on. Raises StageError with
-    the worker's own line where the training failed.
+    the worker's own line where the training failed, or with what is missing where the cluster has no room.
     """
-    prepare_environment()
+    workers, failures = cluster.num_workers, 0
+    cluster.storage.mkdir(parents=True, exist_ok=True)
+    (cluster.storage / "given_up.txt").unlink(missing_ok=True)
+    while True:
+        prepare_environment()
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{cluster.placement_timeout_s:g}"
+        group = Group(cluster, workers)
+        try:
+            start(workers, "set train.num_workers to 0 to train in this process")
+            _wait(_trainer(work, job, group), group, watch, say)
+            return
+        except Regroup as change:
+            failures += change.failed
+            if failures > START_RETRIES:
+                raise StageError(change.line) from None
+            say(change.line)
+            workers = change.workers
+        finally:
+            group.end()
+            stop()
+
+
+class Group:
+    """Some workers that train together, and what they and the driver say to each other by files in cluster.storage."""
+
+    def __init__(self, cluster: Cluster, workers: int):
+        self.cluster, self.workers = cluster, workers
+        self.given_up = cluster.storage / "given_up.txt"
+        self.fence, self.token = cluster.storage / "group.txt", secrets.token_hex(8)
+        self.fence.write_text(self.token, encoding="utf-8")
+        self.room, self.looked_s, self.newest = workers, time.monotonic(), self._newest()
+
+    def end(self) -> None:
+        """Workers that are still there, on a node that cannot be reached say, leave when they read it."""
+        self.fence.write_text("over", encoding="utf-8")
+
+    def _newest(self) -> str:
+        folder = self.cluster.checkpoints
+        return max((path.name for path in folder.glob("[0-9]*")), default="") if folder is not None else ""
+
+    def look(self, say: Callable[[str], None]) -> None:
+        """Say when nodes come and go. Raises Regroup where a checkpoint was just written and more workers find room."""
+        if not os.environ.get("RAY_ADDRESS") or time.monotonic() - self.looked_s < NODES_POLL_S:
+            return
+        self.looked_s = time.monotonic()
+        with contextlib.suppress(Exception):  # only lines hang on it; where the cluster is gone, fit() says so
+            room, nodes = room_in_cluster(self.cluster.need)
+            if room < self.workers <= self.room:
+                say(f"a node is lost: {nodes}; {self._what_then()}")
+            elif self.room < self.workers <= room:
+                say(f"the cluster has room for {self.workers} workers again: {nodes}")
+            self.room = room
+        newest = self._newest()
+        if newest != self.newest:
+            self.newest = newest
+            if more := self._may_grow_to():
+                raise Regroup(more, f"room for {more} workers again: on with them instead of {self.workers}")
+
+    def _may_grow_to(self) -> int:
+        """How many workers there is room for, if they are more than these; else 0."""
+        with contextlib.suppress(Exception):
+            for count in self.cluster.sizes():
+                if self.workers < count <= self.room and fits(count - self.workers, self.cluster.need):
+                    return count
+        return 0
+
+    def _what_then(self) -> str:
+        fewer = [count for count in self.cluster.sizes() if count < self.workers]
+        then = f"on with {fewer[0]} or fewer" if fewer else "an end (train.parallel.min_workers lets fewer go on)"
+        return (
+            f"waiting for room for {self.workers} workers, up to {self.cluster.placement_timeout_s:g} s "
+            f"(train.parallel.placement_timeout_s), then {then}"
+        )
+
+    def no_room(self) -> Regroup | StageError:
+        """What follows when Ray has waited for room in vain."""
+        waited = f"no room for {self.workers} workers within {self.cluster.placement_timeout_s:g} s"
+        for count in self.cluster.sizes():
+            if count <= self.workers and fits(count, self.cluster.need):
+                return Regroup(count, f"{waited}: going on with {count} from the newest checkpoint")
+        fewest = min(self.cluster.sizes(), default=self.cluster.num_workers)
+        return StageError(
+            f"{waited}: got {room_in_cluster(self.cluster.need)[1]} (less what others use), expected "
+            f"{fewest} {self.cluster.need} at least, one a worker; nothing is lost: the same command goes on from the "
+            "newest checkpoint when there is room, or lower train.num_workers, or train.parallel.min_workers"
+        )
+
+
+def room_in_cluster(need: str) -> tuple[int, str]:
+    """(workers that an idle cluster would hold, in words what it has)."""
+    import ray
+
+    found = [int(node["Resources"].get(need, 0)) for node in ray.nodes() if node["Alive"]]
+    return sum(found), f"{len(found)} node{'' if len(found) == 1 else 's'} with {sum(found)} {need} in all"
+
+
+def fits(count: int, need: str) -> bool:
+    """Whether the cluster has room for so many more workers now: asked by reserving it, and giving it back."""
+    from ray.util import placement_group, remove_placement_group
+
+    reserved = placement_group([{need: 1}] * count)
+    try:
+        return bool(reserved.wait(PROBE_S))
+    finally:
+        remove_placement_group(reserved)
+
+
+def _trainer(work: Callable[[Any, Any], Any], job: Any, group: Group) -> Any:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    given_up = cluster.storage / "given_up.txt"
-    cluster.storage.mkdir(parents=True, exist_ok=True)
-    given_up.unlink(missing_ok=True)
-    try:
-        start(cluster.num_workers, "set train.num_workers to 0 to train in this process")
-        trainer = TorchTrainer(
-            _in_worker,
-            train_loop_config={
-                "work": work,
-                "job": job,
-                "threads": threads_per_worker(cluster),
-                "use_gpu": cluster.use_gpu,
-                "failure": given_up,
-            },
-            torch_config=TorchConfig(
-                backend="nccl" if cluster.use_gpu else "gloo", timeout_s=max(1, round(cluster.timeout_s))
-            ),
-            scaling_config=ScalingConfig(num_workers=cluster.num_workers, use_gpu=cluster.use_gpu),
-            run_config=RunConfig(
-                name=cluster.name,
-                storage_path=str(cluster.storage),
-                failure_config=FailureConfig(max_failures=cluster.max_failures),
-                logging_config=LoggingConfig(log_level="WARNING"),
-            ),
-        )
-        _wait(trainer, watch, given_up)
-    finally:
-        stop()
+    cluster = group.cluster
+    settings = {"work": work, "job": job, "threads": threads_per_worker(cluster), "use_gpu": cluster.use_gpu}
+    settings |= {"failure": group.given_up, "fence": group.fence, "token": group.token}
+    return TorchTrainer(
+        _in_worker,
+        train_loop_config=settings,
+        torch_config=TorchConfig(
+            backend="nccl" if cluster.use_gpu else "gloo", timeout_s=max(1, round(cluster.timeout_s))
+        ),
+        scaling_config=ScalingConfig(num_workers=group.workers, use_gpu=cluster.use_gpu),
+        run_config=RunConfig(
+            name=cluster.name,
+            storage_path=str(cluster.storage),
+            # a group that finds no room: Ray would try again for ever, and in silence
+            failure_config=FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=0),
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
 
 
-def _wait(trainer: Any, watch: Callable[[], None], given_up: Path) -> None:
+def _wait(trainer: Any, group: Group, watch: Callable[[], None], say: Callable[[str], None]) -> None:
     """fit() in a thread of its own: in the main thread it would take over Ctrl-C and leave with status 0."""
     failure: list[BaseException] = []
 
@@ -98,11 +237,19 @@ def _wait(trainer: Any, watch: Callable[[], None], given_up: Path) -> None:
     while thread.is_alive():
         thread.join(POLL_S)
         watch()
-        if given_up.exists():
-            raise StageError(given_up.read_text(encoding="utf-8"))
-    if given_up.exists():
-        raise StageError(given_up.read_text(encoding="utf-8"))
+        if group.given_up.exists():
+            break
+        group.look(say)
+    if group.given_up.exists():
+        raise StageError(group.given_up.read_text(encoding="utf-8"))
     if failure:
+        kind = type(getattr(failure[0], "controller_failure", None)).__name__  # Ray's own classes are private
+        if kind == "WorkerGroupStartupTimeoutError":
+            raise group.no_room() from None
+        if kind == "WorkerGroupStartupFailedError":
+            time.sleep(RETRY_S)
+            line = f"a worker did not start ({reason(failure[0])})"
+            raise Regroup(group.workers, line, failed=True) from None
         raise StageError(reason(failure[0])) from (failure[0] if os.environ.get("RAPHAEL_TRACEBACK") else None)
 
 
@@ -111,16 +258,34 @@ def _in_worker(settings: dict[str, Any]) -> None:
     import torch
 
     from raphael.train.loop import World
+    from raphael.train.versions import check_versions
 
+    leave_when_over(settings["fence"], settings["token"])
     torch.set_num_threads(settings["threads"])  # Ray gives each worker one
     device = str(ray.train.torch.get_device()) if settings["use_gpu"] else "cpu"
     try:
-        settings["work"](settings["job"], World.current(device))
+        world = World.current(device)
+        check_versions(world)
+        settings["work"](settings["job"], world)
     except StageError as error:  # would fail again at every restart: the driver ends it all when it sees this file
         temporary = settings["failure"].with_suffix(f".{os.getpid()}")
         temporary.write_text(str(error), encoding="utf-8")
         os.replace(temporary, settings["failure"])
         raise
+
+
+def leave_when_over(fence: Path, token: str, period_s: float = 1.0) -> None:
+    """End this process as soon as the file holds another group's token: two groups must not write checkpoints side by
+    side. Ray ends the workers that it can reach; this is for those that it cannot, and for a driver that was killed."""
+
+    def follow() -> None:
+        while True:
+            time.sleep(period_s)
+            with contextlib.suppress(OSError):  # a file system that is slow or away says nothing
+                if (now := fence.read_text(encoding="utf-8")) and now != token:
+                    os._exit(1)
+
+    threading.Thread(target=follow, name="raphael-fence", daemon=True).start()
 
 
 def threads_per_worker(cluster: Cluster) -> int:

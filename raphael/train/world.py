@@ -11,7 +11,7 @@ from raphael.config import ParallelConfig
 
 PLAIN = ParallelConfig(
     strategy="ddp", micro_batch=0, checkpoint_activations="none", compile="none", max_failures=0,
-    collective_timeout_s=600.0,
+    collective_timeout_s=600.0, min_workers=0, placement_timeout_s=300.0,
 )  # fmt: skip
 
 
