@@ -25,8 +25,15 @@ ROOT = Path(__file__).resolve().parents[2]
 UP_S = 240.0
 ALONE = ("RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")  # what a Ray of one machine may have left in ours
 START = """
-import sys
+import os, sys, threading, time
 from raphael.ray_cluster import _patience
+
+def leave_with(parent):
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)  # Ray's processes end with this one
+
+threading.Thread(target=leave_with, args=(os.getppid(),), daemon=True).start()
 from ray.scripts.scripts import main
 with _patience():
     main()
@@ -62,7 +69,7 @@ class Node:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
             "RAY_agent_register_timeout_ms": "120000",
-            "RAY_health_check_period_ms": "1000",  # a node that is gone is known to be so after seconds
+            "RAY_health_check_timeout_ms": "60000",  # a busy machine's node may be slow; one that is gone refuses
             "GLOO_SOCKET_IFNAME": "lo",
             MARK: self.mark,
         }
