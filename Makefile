@@ -73,7 +73,7 @@ test-all: setup  ## every test that this machine can run
 	@pytest -m "not soak"
 
 .PHONY: soak
-soak: setup  ## stages killed ten times each at random moments, and what comes out compared (half an hour)
+soak: setup  ## stages and trainings killed at random moments, 200 times the bare loop, and what comes out compared (an hour)
 	@pytest -m soak
 
 .PHONY: lint

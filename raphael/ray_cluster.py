@@ -188,4 +188,6 @@ def reason(error: BaseException) -> str:
     if isinstance(cause, BaseException) and cause is not error:
         return reason(cause)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and type(error).__name__ == "OutOfMemoryError":  # Ray's: what happened, then pages of what one may set
+        return lines[0]
     return lines[-1] if lines else type(error).__name__

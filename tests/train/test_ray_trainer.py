@@ -111,6 +111,12 @@ def test_the_innermost_cause_is_what_a_person_reads():
     assert reason(WorkersFailed("two failed")) == "worker 0: TrainingError: the loss is not finite"
 
 
+def test_a_worker_that_ray_ended_for_lack_of_memory_says_so_and_not_what_one_may_set():
+    from ray.exceptions import OutOfMemoryError
+
+    assert reason(OutOfMemoryError("the node ran low on memory\n\nRefer to ...")) == "the node ran low on memory"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_ray_workers_give_the_update_of_one_survive_a_death_and_listen_on_loopback_only(tmp_path):

@@ -115,7 +115,7 @@ def heldout_loss(folder):
     """Of the averaged weights of the newest checkpoint, on samples that nobody trained on."""
     groups, _ = CheckpointHome(folder).newest()
     objective = ToyObjective()
-    objective.load_state_dict({**groups["model"], **groups["ema"]})
+    objective.load_state_dict({**objective.state_dict(), **groups["model"], **groups["ema"]})
     data = ToyData(200)
     indices = np.arange(100, 200)
     batch = {name: torch.from_numpy(array) for name, array in data.batch(indices).items()}

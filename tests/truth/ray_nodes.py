@@ -69,6 +69,7 @@ class Node:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
             "RAY_agent_register_timeout_ms": "120000",
+            "RAY_memory_monitor_refresh_ms": "0",  # what others on this machine use is not the test's question
             "RAY_health_check_timeout_ms": "60000",  # a busy machine's node may be slow; one that is gone refuses
             "GLOO_SOCKET_IFNAME": "lo",
             MARK: self.mark,
