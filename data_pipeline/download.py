@@ -48,7 +48,8 @@ def run(config: Config, stage: Stage) -> None:
     site = site_of(config)
     settings = {name: value for name, value in dataclasses.asdict(config.download).items() if name not in _NO_EFFECT}
     served = site if site and site.is_file() else config.source.fingerprint  # of a folder of photographs
-    work = stage.workdir(LINKS, settings, served)
+    rehearsed = _rehearsed(config, site)
+    work = stage.workdir(LINKS, settings, served, *([rehearsed] if rehearsed else []))
     job = _Job(config.download, work, total)
     job.clean_up()
     with stage.progress(total, "rows", initial=job.rows_packed()) as bar, _door(config.download, site) as gateway:
@@ -66,8 +67,23 @@ def run(config: Config, stage: Stage) -> None:
     kept = dropped.pop(SUCCESS, 0)
     stage.timings.update(job.timings)
     stage.publish(work / "shards", SHARDS)
-    stage.report(total, kept, dropped, shards=job.num_shards)
+    facts = {"rehearsal": {"photographs": len(rehearsed)}} if rehearsed else {}
+    stage.report(total, kept, dropped, shards=job.num_shards, **facts)
     shutil.rmtree(work)
+
+
+def _rehearsed(config: Config, site: Path | None) -> list[tuple[str, int]]:
+    """The photographs that answer in the web's place; none where the web is asked. Raises StageError."""
+    if not config.download.rehearsal:
+        return []
+    if site is not None:
+        raise StageError(
+            f"download.rehearsal: got {config.download.rehearsal!r} with source.kind {config.source.kind}, whose "
+            "pictures lie here already; it is for lists of links (csv, jsonl, parquet)"
+        )
+    from data_pipeline.serve_rehearsal import Photographs
+
+    return Photographs(Path(config.download.rehearsal)).fingerprint()
 
 
 @contextlib.contextmanager
@@ -76,11 +92,16 @@ def _door(config: DownloadConfig, site: Path | None) -> Iterator[Gateway]:
     from data_pipeline.gateway import Gateway, Policy
 
     with contextlib.ExitStack() as stack:
-        port = 0
+        port, rehearsal = 0, {}
         if site is not None:
             from data_pipeline.serve_images import serve
 
             port = stack.enter_context(serve(site)).port
+        if config.rehearsal:
+            from data_pipeline import addresses, serve_rehearsal
+
+            web = stack.enter_context(serve_rehearsal.serve(config.rehearsal))
+            rehearsal = {"rehearsal_port": web.port, "resolver": addresses.Resolver(web.resolve)}
         policy = Policy(
             timeout_s=config.timeout_s,
             deadline_s=config.deadline_s,
@@ -92,6 +113,7 @@ def _door(config: DownloadConfig, site: Path | None) -> Iterator[Gateway]:
             user_agent=config.user_agent,
             local_host=config.local_host if site is not None else "",
             local_port=port,
+            **rehearsal,
         )
         yield stack.enter_context(Gateway(policy))
 

@@ -5,7 +5,8 @@ cap, waits without a total deadline, and decodes a picture before it looks at it
 gateway alone (a free port of 127.0.0.1, each url signed with this run's key), and the gateway fetches for it: http
 and https only, every address public, also after redirects, connected to exactly as checked (no rebinding in between),
 within a byte cap and a deadline, and nothing goes on that is not a whole JPEG, PNG, WebP or GIF of at most so many
-pixels. One configured host leads to the local picture server. An answer is held in memory until it is judged: at most
+pixels. One configured host leads to the local picture server; in a rehearsal all of them lead to another
+(data_pipeline/serve_rehearsal.py), after the same checks. An answer is held in memory until it is judged: at most
 `max_bytes` for each of the downloader's threads.
 
 `fetch(url, policy)` is the same from Python. A refusal's reason travels as the status text, which img2dataset keeps
@@ -57,6 +58,7 @@ class Policy:
     user_agent: str = "raphael-open"
     local_host: str = ""  # this name, and no other, leads to local_port of this machine
     local_port: int = 0
+    rehearsal_port: int = 0  # not 0: nothing leaves this machine, every public address leads to this port of it
     resolver: Resolver = field(default_factory=Resolver, compare=False)
     hosts: HostSlots = field(default_factory=lambda: HostSlots(), compare=False)
 
@@ -157,6 +159,8 @@ class _Attempt:
         addresses = self.policy.resolver.addresses(target.host, target.port, min(self._left_s(), self.policy.timeout_s))
         if not all(is_public(address) for address in addresses):
             raise Refusal("private address")
+        if self.policy.rehearsal_port:
+            return self._ask(target, "127.0.0.1", self.policy.rehearsal_port, secure=False)
         return self._ask(target, addresses[0], target.port, secure=target.scheme == "https")
 
     def _ask(self, target: Target, address: str, port: int, secure: bool) -> Fetched | str:

@@ -72,6 +72,7 @@ class DownloadConfig:
     stall_s: Positive  # no shard finished and no row moved for so long: the downloader is restarted
     user_agent: str
     local_host: str  # the one host that may resolve to this machine (the embedded corpus); "" for none
+    rehearsal: str  # a folder of photographs that answers for every link, as the web does; "": the web itself
     min_success_share: Share  # below this the stage stops: the list or the network is broken
 
 

@@ -1,200 +1,221 @@
-"""Kills, full disks, damaged shards and dead servers: the same command again gives what an undisturbed run gives.
+"""Kills, full disks, vanished workers, damaged shards, dead servers: the same command again gives what an undisturbed
+run gives.
 
-Tables, reports and records are compared byte for byte, tars by their members. Nothing temporary stays behind.
+Tables, models, reports and records are compared byte for byte, tars by their members. Nothing temporary stays behind.
+FAULTS_RESULT=file.json keeps what was survived, how often (benchmarks/results/data-faults-*.json).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import random
 import resource
 import shutil
 import signal
 import subprocess
-import sys
-import tarfile
 import time
 from pathlib import Path
 
+import psutil
 import pytest
-import yaml
-from truth.picture_workspace import SMALL, merge, small_preset
-
-ROWS = 240
-STAGES = ("select", "download", "filter", "captions", "encode")
-OUTPUTS = {
-    "select": "data/selected", "download": "data/shards", "filter": "data/filtered", "captions": "data/captions",
-    "encode": "data/records",
-}  # fmt: skip
-
-
-def command(project: Path, stage: str, root: Path) -> dict:
-    environment = {**os.environ, "PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"}
-    arguments = [sys.executable, "-m", f"data_pipeline.{stage}", "--params", str(root / "params.yaml")]
-    return {"args": arguments, "env": environment, "start_new_session": True}
-
-
-def finish(project: Path, stage: str, root: Path) -> float:
-    """Run a stage to its end. Returns the seconds that it took."""
-    started_s = time.monotonic()
-    done = subprocess.run(**command(project, stage, root), capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return time.monotonic() - started_s
+from truth.faulty_runs import (
+    SOURCE_ROWS,
+    STAGES,
+    Tally,
+    can_mount,
+    change,
+    command,
+    content,
+    copy_without,
+    finish,
+    killed_and_finished,
+    leftovers,
+    on_a_small_disk,
+    run,
+    write_settings,
+)
 
 
 @pytest.fixture(scope="session")
 def undisturbed(project, tmp_path_factory) -> tuple[Path, dict[str, float]]:
     """A workspace in which all data stages ran to their end, and the seconds of each."""
     root = tmp_path_factory.mktemp("undisturbed")
-    params = yaml.safe_load((project / "params.yaml").read_text())
-    params["source"]["scenes"].update(num_rows=ROWS, bad_share=0.3, num_heldout_prompts=2)
-    params["download"].update(shard_rows=40, timeout_s=1.0, deadline_s=20.0, retries=1, stall_s=120.0)
-    for section, values in SMALL.items():
-        merge(params[section], values)
-    params["encode"]["batch_size"] = 2
-    params["model"] = {"preset": small_preset(root, project)}
-    (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    seconds = {}
-    for stage in ("source", "select", "download", "filter", "captions", "fit_autoencoder", "fit_clip", "encode"):
-        seconds[stage] = finish(project, stage, root)
-    return root, seconds
+    write_settings(project, root)
+    return root, {stage: finish(project, stage, root) for stage in STAGES}
 
 
-def copy_without(root: Path, stage: str, target: Path) -> Path:
-    """The workspace as it is before a stage runs."""
-    shutil.copytree(root, target, symlinks=True)
-    shutil.rmtree(target / OUTPUTS[stage])
-    (target / f"reports/{stage}.json").unlink()
-    return target
+@pytest.fixture(scope="session")
+def drawn(project, tmp_path_factory) -> tuple[Path, dict[str, float]]:
+    """A workspace in which `source` alone ran, over rows enough for several processes."""
+    root = tmp_path_factory.mktemp("drawn")
+    write_settings(project, root, SOURCE_ROWS)
+    return root, {"source": finish(project, "source", root)}
 
 
-def content(root: Path, stage: str) -> dict[str, str]:
-    """File -> digest of what a stage leaves: its outputs and its report; of a tar, its members' names and bodies."""
-    found = {}
-    for path in sorted([*(root / OUTPUTS[stage]).rglob("*"), root / f"reports/{stage}.json"]):
-        if path.suffix == ".tar":
-            with tarfile.open(path) as tar:
-                body = b"".join(member.name.encode() + tar.extractfile(member).read() for member in tar)
-        elif path.is_file():
-            body = path.read_bytes()
-        else:
-            continue
-        found[path.relative_to(root).as_posix()] = hashlib.sha256(body).hexdigest()
-    return found
+@pytest.fixture(scope="session")
+def tally():
+    counts = Tally()
+    yield counts
+    if os.environ.get("FAULTS_RESULT"):
+        counts.write(Path(os.environ["FAULTS_RESULT"]))
 
 
-def leftovers(root: Path, undisturbed: Path) -> set[str]:
-    """Unfinished work, temporary names and progress of nobody, beyond what undisturbed runs keep on purpose (the chunks
-    of `encode`, the trainings' checkpoints)."""
-
-    def found(folder: Path) -> set[str]:
-        places = [
-            *(folder / "work").glob("*/*/**/*"),
-            *(folder / "work/progress").glob("*"),
-            *folder.rglob(".*.json.*"),
-        ]
-        return {path.relative_to(folder).as_posix() for path in places}
-
-    return found(root) - found(undisturbed)
-
-
-def kill_at_random(project: Path, stage: str, root: Path, rng: random.Random, seconds: float) -> bool:
-    """Start a stage and kill its process group somewhere in its run. Returns whether it was still running."""
-    with subprocess.Popen(**command(project, stage, root), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
-        try:
-            run.wait(timeout=rng.uniform(0.15, 1.0) * seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(run.pid, signal.SIGKILL)
-            return True
-    return False
-
-
-def killed_and_finished(project, undisturbed, stage: str, target: Path, kills: int, seed: int) -> None:
-    root, seconds = undisturbed
-    copy_without(root, stage, target)
-    rng = random.Random(f"{stage} {seed}")
-    hits = 0
-    for _ in range(3 * kills):  # a run that ended before its kill does not count
-        if hits == kills:
-            break
-        if kill_at_random(project, stage, target, rng, seconds[stage]):
-            hits += 1
-        elif (target / OUTPUTS[stage]).exists():
-            shutil.rmtree(target / OUTPUTS[stage])
-    finish(project, stage, target)
-    assert hits, "no run was killed"
+def check_kills(project, made, stage: str, target: Path, kills: int, tally: Tally) -> None:
+    root, seconds = made
+    hits = killed_and_finished(project, root, seconds[stage], stage, target, kills)
+    assert hits == kills, "most runs ended before they could be killed"
     assert content(target, stage) == content(root, stage)
     assert not leftovers(target, root)
+    tally.add(stage, f"kill -9 of the process group at random moments, {kills} in turn", kills)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_killed_three_times_ends_in_the_same_bytes(project, undisturbed, tmp_path, stage):
-    killed_and_finished(project, undisturbed, stage, tmp_path / "ws", kills=3, seed=0)
+def test_a_stage_killed_three_times_ends_in_the_same_bytes(project, request, tmp_path, stage, tally):
+    made = request.getfixturevalue("drawn" if stage == "source" else "undisturbed")
+    check_kills(project, made, stage, tmp_path / "ws", 3, tally)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_killed_ten_times_ends_in_the_same_bytes(project, undisturbed, tmp_path, stage):
-    killed_and_finished(project, undisturbed, stage, tmp_path / "ws", kills=10, seed=1)
+def test_a_stage_killed_ten_times_ends_in_the_same_bytes(project, request, tmp_path, stage, tally):
+    made = request.getfixturevalue("drawn" if stage == "source" else "undisturbed")
+    check_kills(project, made, stage, tmp_path / "ws", 10, tally)
+
+
+def one_clear_line(stage: str, stderr: str) -> None:
+    errors = [line for line in stderr.splitlines() if line.startswith(f"{STAGES[stage].name}: error:")]
+    assert len(errors) == 1 and "Traceback" not in stderr, stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_full_disk_is_one_clear_line_and_the_same_command_goes_on(project, undisturbed, tmp_path, stage, tally):
+    """The disk is a tmpfs with room for half of what the stage writes."""
+    if not can_mount():
+        pytest.skip("no file system can be mounted here (unshare -rm): the limit on the size of a file is tested alone")
+    root, _ = undisturbed
+    target = copy_without(root, stage, tmp_path / "ws")
+    written = sum(path.stat().st_size for path in (root / STAGES[stage].output).rglob("*") if path.is_file())
+    done = on_a_small_disk(project, stage, target, max(4096, written // 2 // 4096 * 4096))
+    assert done.stdout.split() == ["1", "0"], (done.stdout, done.stderr[-3000:])
+    one_clear_line(stage, done.stderr)
+    back = tmp_path / "ws.out"
+    for name in ("first", "second"):
+        (back / name).unlink()
+    assert content(back, stage) == content(root, stage)
+    assert not leftovers(back, root)
+    tally.add(stage, "full disk (a tmpfs with room for half)")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ("select", "filter", "captions", "encode"))
-def test_a_full_disk_is_one_clear_line_and_the_same_command_goes_on(project, undisturbed, tmp_path, stage):
-    """The disk is a limit on the size of a file: writing past it fails as it does on a full one."""
+def test_a_file_that_may_not_grow_is_one_clear_line_and_the_same_command_goes_on(
+    project, undisturbed, tmp_path, stage, tally
+):
+    """A limit on the size of a file: writing past it fails as it does on a full disk, and needs no rights."""
     root, _ = undisturbed
     copy_without(root, stage, tmp_path / "ws")
 
-    def small_disk() -> None:
+    def small_files() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write then fails with EFBIG instead of killing
         resource.setrlimit(resource.RLIMIT_FSIZE, (1500, resource.RLIM_INFINITY))
 
-    run = subprocess.run(
-        **command(project, stage, tmp_path / "ws"), preexec_fn=small_disk, capture_output=True, text=True, timeout=500
-    )
-    errors = [line for line in run.stderr.splitlines() if line.startswith(f"{stage}: error:")]
-    assert run.returncode == 1 and len(errors) == 1 and "Traceback" not in run.stderr, run.stderr
-    assert not (tmp_path / "ws" / OUTPUTS[stage]).exists() or not any((tmp_path / "ws" / OUTPUTS[stage]).iterdir())
+    done = run(project, stage, tmp_path / "ws", preexec_fn=small_files)
+    assert done.returncode == 1
+    one_clear_line(stage, done.stderr)
+    output = tmp_path / "ws" / STAGES[stage].output
+    assert not output.exists() or not any(output.iterdir())
     finish(project, stage, tmp_path / "ws")
     assert content(tmp_path / "ws", stage) == content(root, stage)
     assert not leftovers(tmp_path / "ws", root)
+    tally.add(stage, "a limit on the size of a file")
 
 
 @pytest.mark.slow
-def test_shards_that_are_cut_or_stand_twice_are_noticed_and_a_new_download_mends_them(project, undisturbed, tmp_path):
+def test_a_cut_shard_and_one_that_stands_twice_are_noticed_and_a_new_download_mends_them(
+    project, undisturbed, tmp_path, tally
+):
     root, _ = undisturbed
     target = tmp_path / "ws"
     shutil.copytree(root, target)
+    shutil.rmtree(target / "work")  # finished chunks know nothing of what lies in a tar now
     shards = target / "data/shards"
     tar = shards / "00001.tar"
     tar.write_bytes(tar.read_bytes()[:-20_000])
-    refused = subprocess.run(**command(project, "encode", target), capture_output=True, text=True, timeout=300)
-    assert refused.returncode == 1 and "00001" in refused.stderr and "Traceback" not in refused.stderr, refused.stderr
+    for stage in ("score", "encode"):
+        refused = run(project, stage, target)
+        assert refused.returncode == 1 and "00001" in refused.stderr, refused.stderr
+        one_clear_line(stage, refused.stderr)
+        tally.add(stage, "a truncated tar is refused by its name")
     shutil.copy(shards / "00000.tar", shards / "00099.tar")
     shutil.copy(shards / "00000.parquet", shards / "00099.parquet")
-    refused = subprocess.run(**command(project, "filter", target), capture_output=True, text=True, timeout=300)
-    assert refused.returncode == 1 and "not whole; run the stage download again" in refused.stderr, refused.stderr
+    for stage in ("score", "filter"):
+        refused = run(project, stage, target)
+        assert refused.returncode == 1 and "not whole; run the stage download again" in refused.stderr, refused.stderr
+        tally.add(stage, "a shard that stands twice is refused")
+    shutil.copy(shards / "00000.tar", shards / "00006.tar")  # in the place of the next, so that names run on
+    shutil.copy(shards / "00000.parquet", shards / "00006.parquet")
+    for name in ("00099.tar", "00099.parquet"):
+        (shards / name).unlink()
+    refused = run(project, "filter", target)
+    assert refused.returncode == 1 and "00006" in refused.stderr, refused.stderr
+    one_clear_line("filter", refused.stderr)
     shutil.rmtree(shards)
-    for stage in ("download", "filter", "captions", "encode"):
+    for stage in ("download", "score", "filter", "captions", "encode"):
         finish(project, stage, target)
         assert content(target, stage) == content(root, stage)
+    tally.add("download", "shards made anew after damage")
 
 
 @pytest.mark.slow
-def test_a_picture_server_that_is_dead_stops_the_download_and_the_next_run_fetches_all(project, undisturbed, tmp_path):
+def test_a_picture_server_that_is_dead_stops_the_download_and_the_next_run_fetches_all(
+    project, undisturbed, tmp_path, tally
+):
     root, _ = undisturbed
     target = copy_without(root, "download", tmp_path / "ws")
-    params = yaml.safe_load((target / "params.yaml").read_text())
-    alive = json.dumps(params)
-    params["download"]["local_host"] = ""  # then nobody answers for scenes.invalid
-    (target / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    dead = subprocess.run(**command(project, "download", target), capture_output=True, text=True, timeout=300)
-    assert dead.returncode == 1 and "0.0% of the first" in dead.stderr and "Traceback" not in dead.stderr, dead.stderr
+    alive = (target / "params.yaml").read_text()
+    change(target, "download", local_host="")  # then nobody answers for scenes.invalid
+    dead = run(project, "download", target)
+    assert dead.returncode == 1 and "0.0% of the first" in dead.stderr, dead.stderr
+    one_clear_line("download", dead.stderr)
     assert not (target / "data/shards").exists()
     (target / "params.yaml").write_text(alive)
     finish(project, "download", target)
     assert content(target, "download") == content(root, "download")
     assert not leftovers(target, root)
+    tally.add("download", "a dead image server")
+
+
+@pytest.mark.slow
+def test_a_ray_worker_that_vanishes_changes_no_score(project, undisturbed, tmp_path, tally):
+    """One of two actors is killed while it scores. Ray starts another, or the stage fails with a line and the same
+    command ends it."""
+    root, _ = undisturbed
+    target = copy_without(root, "score", tmp_path / "ws")
+    change(target, "score", distributor="ray", workers=2)
+    with subprocess.Popen(**command(project, "score", target), stderr=subprocess.PIPE, text=True) as running:
+        victim = actor_of(running, patience_s=150)
+        victim.kill()
+        _, errors = running.communicate(timeout=300)
+    assert running.returncode in (0, 1), errors
+    if running.returncode:
+        one_clear_line("score", errors)
+        finish(project, "score", target)
+    assert content(target, "score") == content(root, "score")
+    assert not leftovers(target, root)
+    tally.add("score", "a Ray worker that vanishes")
+
+
+def actor_of(running: subprocess.Popen, patience_s: float) -> psutil.Process:
+    """A process of Ray's that holds our scorer, as soon as there is one."""
+    until_s = time.monotonic() + patience_s
+    while time.monotonic() < until_s and running.poll() is None:
+        for process in psutil.Process(running.pid).children(recursive=True):
+            try:
+                title = " ".join(process.cmdline())
+            except psutil.Error:
+                continue
+            if title.startswith("ray::") and "ShardScorer" in title:
+                return process
+        time.sleep(0.02)
+    raise AssertionError(f"no actor was seen (status {running.poll()})")
