@@ -1,22 +1,28 @@
-"""How fast `select` goes through a release's metadata, and how much memory it takes, against polars (where it is
-installed), pyarrow and pandas doing the same, without and with the search for duplicates.
+"""How fast `select` goes through a release's metadata, and how much memory it takes, against polars (where there
+is one), pyarrow and pandas doing the same, without and with the search for duplicates.
 
 The list is made up: LAION's columns, one url in 20 a repetition, random scores. All apply the same rules (url, caption
 length, scores, size, shape), drop later rows of a url and write url, caption and numbers to a new parquet. Each runs in
 a process of its own, by turns; its memory is the process's peak. The peers count no reasons and hold what they keep in
 memory, as scripts do; ours counts, and spills.
 
-    python benchmarks/select_rows.py [--rows 10000000] [--repeats 3] [--quick]
+polars is none of the project's dependencies: `--polars-python` names a Python of another environment that has it.
+
+    python benchmarks/select_rows.py [--rows 10000000] [--repeats 3] [--polars-python PATH] [--quick]
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
+import json
 import multiprocessing
 import os
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -76,25 +82,21 @@ def rules_of_project() -> tuple:
     return config.filter, config.select
 
 
-def polars_script(folder: Path, unique: bool) -> int:
-    import polars as pl
-
+def polars(python: str, folder: Path, unique: bool, streaming: bool) -> dict[str, Any]:
+    """One run of the peer by a Python that has polars (benchmarks/_polars_rows.py)."""
     rules, lengths = rules_of_project()
-    chars = pl.col("TEXT").str.strip_chars().str.len_chars()
-    short, long = pl.min_horizontal("WIDTH", "HEIGHT"), pl.max_horizontal("WIDTH", "HEIGHT")
-    rows = pl.scan_parquet(folder / "data/source/metadata.parquet").filter(
-        pl.col("AESTHETIC_SCORE") >= rules.min_aesthetic,
-        pl.col("pwatermark") < rules.max_watermark,
-        pl.col("punsafe") < rules.max_unsafe,
-        pl.col("similarity") >= rules.min_similarity,
-        short >= rules.min_side_px,
-        long <= rules.max_aspect_ratio * short,
-        pl.col("URL").str.contains(URL),
-        chars.is_between(lengths.min_caption_chars, lengths.max_caption_chars),
-    )
-    rows = (rows.unique("URL", keep="first", maintain_order=True) if unique else rows).collect()
-    rows.write_parquet(folder / "polars.parquet", compression="zstd", compression_level=1)
-    return len(rows)
+    asked = {
+        "list": str(folder / "data/source/metadata.parquet"),
+        "out": str(folder / "polars.parquet"),
+        "unique": unique,
+        "streaming": streaming,
+        "rules": {**dataclasses.asdict(rules), **dataclasses.asdict(lengths), "url": URL},
+    }
+    script = Path(__file__).with_name("_polars_rows.py")
+    done = subprocess.run([python, str(script), json.dumps(asked)], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{python}: {done.stderr.strip()}")
+    return json.loads(done.stdout)
 
 
 def pyarrow_script(folder: Path, unique: bool) -> int:
@@ -146,7 +148,7 @@ def pandas_script(folder: Path, unique: bool) -> int:
     return len(rows)
 
 
-PEERS = {"polars": polars_script, "pyarrow": pyarrow_script, "pandas": pandas_script}
+PEERS = {"pyarrow": pyarrow_script, "pandas": pandas_script}
 
 
 def measured(function: Callable[[Path, bool], int], folder: Path, unique: bool, answers) -> None:
@@ -170,17 +172,27 @@ def run(function: Callable[[Path, bool], int], folder: Path, unique: bool) -> di
     process.join()
     if process.exitcode:
         raise SystemExit(f"{function.__name__} ended with status {process.exitcode}")
-    kept, seconds, cpu_s, peak_mb = answers.get()
-    return {"kept": kept, "seconds": round(seconds, 2), "cpu_s": round(cpu_s, 2), "peak_mb": round(peak_mb)}
+    return dict(zip(("kept", "seconds", "cpu_s", "peak_mb"), answers.get(), strict=True))
 
 
-def compare(folder: Path, rows: int, unique: bool, peers: list[str], repeats: int) -> list[dict[str, Any]]:
-    """By turns, the best of each by the clock."""
-    ways = {name: PEERS[name] for name in peers} | {"ours": ours}
+def rounded(turn: dict[str, Any]) -> dict[str, Any]:
+    peak_mb = round(turn["peak_mb"])
+    return {**turn, "seconds": round(turn["seconds"], 2), "cpu_s": round(turn["cpu_s"], 2), "peak_mb": peak_mb}
+
+
+def compare(
+    folder: Path, rows: int, unique: bool, peers: list[str], python: str | None, repeats: int
+) -> list[dict[str, Any]]:
+    """By turns, the best of each by the clock. python: one that has polars, if any."""
+    ways = {name: functools.partial(run, PEERS[name], folder, unique) for name in peers}
+    if python:
+        ways["polars"] = functools.partial(polars, python, folder, unique, False)
+        ways["polars streaming"] = functools.partial(polars, python, folder, unique, True)
+    ways["ours"] = functools.partial(run, ours, folder, unique)
     turns = {who: [] for who in ways}
     for _ in range(repeats):
-        for who, function in ways.items():
-            turns[who].append(run(function, folder, unique))
+        for who, way in ways.items():
+            turns[who].append(rounded(way()))
     results = []
     for who, all_turns in turns.items():
         best = min(all_turns, key=lambda turn: turn["seconds"])
@@ -202,7 +214,7 @@ def summarised(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         mine = next(row for row in results if row["who"] == "ours" and row["dedup"] == unique)
         for row in results:
             if row["dedup"] == unique and row["who"] != "ours":
-                target = ">= 0.9" if row["who"] == "polars" and not unique else ""
+                target = ">= 0.9" if row["who"].startswith("polars") and not unique else ""
                 case = f"select {how}; peer: {row['who']}"
                 lines.append(judged(case, mine["rows_per_s"], row["rows_per_s"], "rows/s", target))
         lines.append(within(f"select {how}, peak memory", mine["peak_mb"], 1024, "MB"))
@@ -213,20 +225,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--polars-python", metavar="PATH", help="a Python that has polars (default: this one, if it has)"
+    )
     parser.add_argument("--quick", action="store_true", help="50,000 rows, once; nothing is kept")
     arguments = parser.parse_args()
     rows, repeats = (50_000, 1) if arguments.quick else (arguments.rows, arguments.repeats)
     peers = [name for name in PEERS if importlib.util.find_spec(name)]
-    if "polars" not in peers:
-        print("polars is not installed: pyarrow and pandas are the peers")
+    python = arguments.polars_python or (sys.executable if importlib.util.find_spec("polars") else None)
+    if not python:
+        print("polars is not installed and --polars-python names none: pyarrow and pandas are the peers")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "data/source").mkdir(parents=True)
         write_list(folder / "data/source/metadata.parquet", rows)
         print("| who | dedup | kept | s | rows/s | CPU s | peak MB |\n| --- | --- | --- | --- | --- | --- | --- |")
-        results = [row for unique in (False, True) for row in compare(folder, rows, unique, peers, repeats)]
+        results = [row for unique in (False, True) for row in compare(folder, rows, unique, peers, python, repeats)]
     if not arguments.quick:
-        keep("select_rows", results, summarised(results), peers=peers)
+        keep("select_rows", results, summarised(results), peers=sorted({row["who"] for row in results} - {"ours"}))
 
 
 if __name__ == "__main__":

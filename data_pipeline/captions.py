@@ -1,7 +1,8 @@
 """From raw captions to clean ones: data/filtered/pictures.parquet -> data/captions/captions.parquet.
 
 As in the paper, URLs, HTML tags and e-mail addresses are deleted; the table is data_pipeline/caption_rules.py. A
-caption of which too little or too much is left drops its picture.
+caption of which too little or too much is left drops its picture. Being the last that drops pictures, the stage also
+leaves a few of each reason for the report: reports/dropped.json.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from data_pipeline.caption_rules import Cleaned, clean
 from data_pipeline.schema import CAPTION, CAPTION_COLUMNS, HEIGHT, KEY, WIDTH
-from raphael.stage import Stage, StageError, main
+from raphael.stage import Stage, StageError, main, write_json
 
 if TYPE_CHECKING:
     from raphael.config import Config
@@ -29,6 +30,8 @@ def run(config: Config, stage: Stage) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from data_pipeline.card_pictures import DROPPED
+    from data_pipeline.card_pictures import dropped as dropped_pictures
     from data_pipeline.select import open_parquet
 
     file = open_parquet(PICTURES)
@@ -60,6 +63,7 @@ def run(config: Config, stage: Stage) -> None:
     if not kept:
         raise StageError(f"no caption is left ({dict(dropped)}); loosen captions in {config.file}")
     stage.publish(work / "captions.parquet", CAPTIONS)
+    write_json(stage.root / DROPPED, dropped_pictures(config))
     shutil.rmtree(work)
     stage.report(
         file.metadata.num_rows,

@@ -29,7 +29,7 @@ def gather(config: Config) -> dict[str, Any]:
     """What data_card.json holds; pictures are the page's alone (data_pipeline/card_pictures.py)."""
     from raphael.evaluate.report_data import funnel
 
-    stages = funnel(REPORTS)
+    stages = funnel(REPORTS, with_pictures=False)
     if not stages:
         raise StageError(f"{REPORTS}: got no report of a stage, expected at least source.json; run dvc repro")
     records = record_counts()
@@ -38,6 +38,7 @@ def gather(config: Config) -> dict[str, Any]:
         "stages": stages,
         "forgotten": forgotten(stages, records),
         "adds_up": not any(stage["broken"] for stage in stages),
+        "rehearsal": next((stage["rehearsal"] for stage in stages if stage["rehearsal"]), 0),
         "licences": licences(),
         "hosts": hosts(),
         "scores": scores(config),

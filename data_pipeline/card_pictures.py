@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,26 +18,43 @@ if TYPE_CHECKING:
 
     from raphael.config import Config
 
+DROPPED = Path("reports/dropped.json")  # written by the stage captions, shown by the report
+DROPPED_SHARDS = (
+    8  # are looked at for it: the first pictures of each reason, at a cost that does not grow with the data
+)
 SHOWN = 6  # pictures of a reason
-SHOWN_KEPT = 12
+SHOWN_KEPT = 18
 THUMBNAIL_PX = 112
 WITHHELD = ("unsafe", "opted out")  # counted, never shown
 ALIKE = "looks like another"
 ALIKE_REASONS = ("near duplicate", "like an evaluation picture")
-Sides = dict[str, dict[str, dict[str, Any]]]  # stage -> reason -> {count, cards: [{uri, caption}]}
+Sides = dict[str, dict[str, dict[str, Any]]]  # stage -> reason -> {count, cards: [{key, uri, caption}]}
 
 
-def judged(config: Config) -> Sides:
+def dropped(config: Config) -> dict[str, dict[str, list[dict[str, str]]]]:
+    """{stage: {reason: [{key, uri, caption}]}} of the first shards, by the reasons of the stages' reports."""
+    sides = judged(config, DROPPED_SHARDS)
+    alike = sides["filter"].pop(ALIKE, None)
+    if alike and not config.filter.evaluation_pictures:  # else nobody knows here which of the two they looked like
+        sides["filter"]["near duplicate"] = alike
+    return {
+        stage: {reason: entry["cards"] for reason, entry in sides[stage].items() if entry["cards"]}
+        for stage in ("filter", "captions")
+    }
+
+
+def judged(config: Config, most_shards: int | None = None) -> Sides:
     """{"filter": .., "captions": .., "kept": {"kept": ..}}: of each reason how many, and the first few pictures.
 
-    Of the kept ones those shown are spread over all of them.
+    Of the kept ones those shown are spread over all of them. most_shards: only so many are looked at.
     """
     sides: Sides = {"filter": {}, "captions": {}, "kept": {}}
     if not (PICTURES.is_file() and CAPTIONS.is_file() and any(SHARDS.glob("*.parquet"))):
         return sides
-    pictures = open_parquet(PICTURES).read(columns=[KEY, SHARD, CAPTION]).to_pylist()
-    _judge_filter(config, {row[KEY] for row in pictures}, sides["filter"])
-    captioned = open_parquet(CAPTIONS).read(columns=[KEY, SHARD, CAPTION]).to_pylist()
+    tables = shard_tables(SHARDS)[:most_shards]
+    pictures = _rows(PICTURES, tables[-1])
+    _judge_filter(config, tables, {row[KEY] for row in pictures}, sides["filter"])
+    captioned = _rows(CAPTIONS, tables[-1])
     _judge_captions(config, pictures, {row[KEY] for row in captioned}, sides["captions"])
     step = max(1, len(captioned) // SHOWN_KEPT)
     sides["kept"]["kept"] = {
@@ -46,7 +65,18 @@ def judged(config: Config) -> Sides:
     return sides
 
 
-def _judge_filter(config: Config, kept: set[str], into: dict[str, dict[str, Any]]) -> None:
+def _rows(path: Path, last: Path) -> list[dict[str, Any]]:
+    """Key, shard and caption of a table's rows up to the shard `last`; rows lie in the order of the shards."""
+    rows: list[dict[str, Any]] = []
+    for batch in open_parquet(path).iter_batches(columns=[KEY, SHARD, CAPTION]):
+        part = batch.to_pylist()
+        rows += [row for row in part if row[SHARD] <= last.with_suffix(".tar").name]
+        if part and part[-1][SHARD] > last.with_suffix(".tar").name:
+            break
+    return rows
+
+
+def _judge_filter(config: Config, tables: list[Path], kept: set[str], into: dict[str, dict[str, Any]]) -> None:
     """The rules of `filter` asked one at a time, so that a row's reason is known."""
     import pyarrow.compute as pc
 
@@ -56,7 +86,7 @@ def _judge_filter(config: Config, kept: set[str], into: dict[str, dict[str, Any]
 
     scores, opt_out = ListScores(LINKS), OptOut.read(config.filter.opt_out)
     seen: set[str] = set()
-    for path in shard_tables(SHARDS):
+    for path in tables:
         table = open_parquet(path).read()
         ids = table[ID].to_numpy()
         columns = scores.of(ids, path) | computed_scores(path, ids)
@@ -100,11 +130,8 @@ def _note(into: dict[str, dict[str, Any]], reason: str, rows: list[dict], path: 
 
 
 def _draw(sides: Sides) -> None:
-    """Turn (shard, key, caption) into {uri, caption}; every shard is opened once."""
-    import numpy as np
-
+    """Turn (shard, key, caption) into {key, uri, caption}; every shard is opened once."""
     from data_pipeline.pictures import Shard
-    from raphael.evaluate.figures import data_uri
 
     entries = [entry for reasons in sides.values() for entry in reasons.values()]
     wanted = sorted({(shard, key) for entry in entries for shard, key, _ in entry["cards"]})
@@ -120,9 +147,16 @@ def _draw(sides: Sides) -> None:
             except StageError:  # a broken picture has no thumbnail; the count stays
                 continue
             picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-            uris[shard, key] = data_uri(np.asarray(picture))
+            uris[shard, key] = _uri(picture)
     finally:
         opened.close()
     for entry in entries:
-        cards = [(uris.get((shard, key)), text) for shard, key, text in entry["cards"]]
-        entry["cards"] = [{"uri": uri, "caption": text or ""} for uri, text in cards if uri]
+        cards = [(key, uris.get((shard, key)), text) for shard, key, text in entry["cards"]]
+        entry["cards"] = [{"key": key, "uri": uri, "caption": text or ""} for key, uri, text in cards if uri]
+
+
+def _uri(picture: Any) -> str:
+    """A small RGB picture as a data URI: JPEG, since photographs as PNG take five times as much."""
+    stream = io.BytesIO()
+    picture.convert("RGB").save(stream, "JPEG", quality=88, subsampling=0)
+    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"

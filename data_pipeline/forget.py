@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline import forget_files
+from data_pipeline.card_pictures import DROPPED
 from data_pipeline.forget_dvc import commit, stale_stages, touched_stages
 from data_pipeline.forget_matches import METADATA, Gone, data_files, scan
 from data_pipeline.opt_out import OptOut
@@ -32,6 +33,7 @@ PLAN = "plan.json"
 # Unfinished work of these stages may hold pictures, captions and addresses.
 WORK_OF = ("source", "select", "download", "score", "filter", "captions", "autoencoder", "clip", "encode", "spaces")
 EXAMPLES = REPORTS / "captions.json"  # shows a few captions with their keys
+CARD = (REPORTS / "data_card.html", REPORTS / "data_card.json")  # shows pictures; `raphael data card` makes it anew
 
 
 def run(config: Config, lines: list[str]) -> list[dict[str, Any]]:
@@ -129,7 +131,7 @@ def carry_out(config: Config, work: Path) -> dict[str, Any]:
     removed_work = [name for name in WORK_OF if (Path("work") / name).is_dir()]
     for name in removed_work:
         shutil.rmtree(Path("work") / name)
-    changed = [*plan["found"], *_without_examples(gone)]
+    changed = [*plan["found"], *_without_examples(gone), *_without_pictures(gone)]
     left = scan(DATA, gone)
     if left:
         raise StageError(f"data: traces are left in {', '.join(left)}; is a stage running? end it and run this again")
@@ -161,6 +163,26 @@ def _without_examples(gone: Gone) -> list[str]:
         return []
     write_json(EXAMPLES, {**report, "examples": fewer})
     return [EXAMPLES.as_posix()]
+
+
+def _without_pictures(gone: Gone) -> list[str]:
+    """The report's pictures of what was dropped, without the forgotten ones; the data card's page goes as a whole.
+    Returns which of DVC's files have changed."""
+    for page in CARD:
+        page.unlink(missing_ok=True)
+    if not DROPPED.is_file():
+        return []
+    shown = read_json(DROPPED)
+    fewer = {
+        stage: {reason: [card for card in cards if card["key"] not in gone.keys] for reason, cards in by.items()}
+        for stage, by in shown.items()
+    }
+    if fewer == shown:
+        return []
+    write_json(
+        DROPPED, {stage: {reason: cards for reason, cards in by.items() if cards} for stage, by in fewer.items()}
+    )
+    return [DROPPED.as_posix()]
 
 
 def _report(path: Path, entry: dict[str, Any]) -> None:

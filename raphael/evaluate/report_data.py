@@ -50,9 +50,16 @@ MAX_ROUTED_WORDS = 9
 INSIDE_PROMPTS = 3
 
 
-def funnel(reports: Path) -> list[dict[str, Any]]:
-    """Rows in, kept and dropped of each stage that ran; `broken` where the numbers of two neighbours do not fit."""
+DROPPED = "dropped.json"  # pictures by stage and reason; data_pipeline/card_pictures.py writes it
+
+
+def funnel(reports: Path, with_pictures: bool = True) -> list[dict[str, Any]]:
+    """Rows in, kept and dropped of each stage that ran, with some of the dropped pictures.
+
+    `broken`: the numbers of two neighbours do not fit; `rehearsal`: so many photographs answered in the web's place.
+    """
     stages: list[dict[str, Any]] = []
+    shown = read_json(reports / DROPPED) if with_pictures and (reports / DROPPED).is_file() else {}
     for name in FUNNEL_STAGES:
         path = reports / f"{name}.json"
         if not path.is_file():
@@ -67,6 +74,12 @@ def funnel(reports: Path) -> list[dict[str, Any]]:
                 "total": report["total"],
                 "kept": report["kept"],
                 "dropped": [{"reason": reason, "count": count} for reason, count in dropped],
+                "pictures": [
+                    {"reason": reason, "cards": shown[name][reason]}
+                    for reason, _ in dropped
+                    if reason in shown.get(name, {})
+                ],
+                "rehearsal": report.get("rehearsal", {}).get("photographs", 0),
                 "share_in": report["total"] / first if first else 0.0,
                 "share_kept": report["kept"] / first if first else 0.0,
                 "broken": report["total"] != before,

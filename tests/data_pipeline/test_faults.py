@@ -53,10 +53,7 @@ def drawn(project, tmp_path_factory) -> tuple[Path, dict[str, float]]:
 
 @pytest.fixture(scope="session")
 def tally():
-    counts = Tally()
-    yield counts
-    if os.environ.get("FAULTS_RESULT"):
-        counts.write(Path(os.environ["FAULTS_RESULT"]))
+    return Tally(os.environ.get("FAULTS_RESULT"))
 
 
 def check_kills(project, made, stage: str, target: Path, kills: int, tally: Tally) -> None:

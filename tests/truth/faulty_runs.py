@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -205,22 +204,19 @@ def on_a_small_disk(project: Path, stage: str, root: Path, slack_bytes: int) -> 
 
 
 class Tally:
-    """Faults by stage and kind, written where FAULTS_RESULT says, over what is there: tests run one by one add up."""
+    """Faults by stage and kind, written at once where `path` says, over what is there: tests run one by one add up."""
 
-    def __init__(self) -> None:
-        self.counts: dict[str, Counter[str]] = {}
+    def __init__(self, path: str | None):
+        self.path = Path(path) if path else None
 
     def add(self, stage: str, fault: str, number: int = 1) -> None:
-        self.counts.setdefault(stage, Counter())[fault] += number
-
-    def write(self, path: Path) -> None:
+        if self.path is None:
+            return
         from benchmarks._machine import machine
         from raphael.stage import write_json
 
-        before = json.loads(path.read_text())["survived"] if path.exists() else {}
-        survived = {stage: {**before.get(stage, {}), **counts} for stage, counts in self.counts.items()}
-        survived = {**before, **survived}
-        order = [*STAGES, *sorted(set(survived) - set(STAGES))]
+        survived = json.loads(self.path.read_text())["survived"] if self.path.exists() else {}
+        survived.setdefault(stage, {})[fault] = number
         facts = {
             "benchmark": "data-faults",
             "measured": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}",
@@ -228,6 +224,6 @@ class Tally:
             "rows": {stage: SOURCE_ROWS if stage == "source" else ROWS for stage in STAGES},
             "outcome": "after each the same command ended in the undisturbed run's files (byte for byte, tars by key "
             "and pixels), and nothing temporary stayed",
-            "survived": {stage: survived[stage] for stage in order if stage in survived},
+            "survived": {stage: survived[stage] for stage in STAGES if stage in survived},
         }
-        write_json(path, facts)
+        write_json(self.path, facts)
