@@ -137,13 +137,14 @@ def collect(stage: Stage, folder: Path, height: int, width: int) -> PictureSet:
     path = folder / f"pictures_{height}x{width}.npy"
     if not path.is_file():
         partial = path.with_suffix(".partial")
-        images = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(rows), height, width, 3))
-        with stage.progress(len(rows), "pictures read") as bar:
-            for row, (_, _, picture) in enumerate(read_pictures(stage.root / SHARDS, stage.root / CAPTIONS)):
-                images[row] = fit(picture, height, width)
+        shape = (len(rows), height, width, 3)
+        # Not through a mapped file: on a full disk that ends the process with SIGBUS instead of an error.
+        with open(partial, "wb") as file, stage.progress(len(rows), "pictures read") as bar:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for _, _, picture in read_pictures(stage.root / SHARDS, stage.root / CAPTIONS):
+                file.write(fit(picture, height, width).tobytes())
                 bar.update()
-        images.flush()
-        del images
         os.replace(partial, path)
     return PictureSet([row["key"] for row in rows], [row["caption"] for row in rows], np.load(path, mmap_mode="r"))
 

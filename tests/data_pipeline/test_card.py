@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
+import shutil
 import tarfile
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline import card
+from data_pipeline import card, card_pictures
 from data_pipeline.card_page import histogram
 from raphael.config import load_config
+from raphael.evaluate.report_data import funnel
 from raphael.evaluate.report_findings import beside
 from raphael.records import RecordWriter
 from raphael.stage import StageError, read_json, write_json
@@ -92,6 +95,40 @@ def test_the_page_needs_nothing_else_and_shows_both_sides(workspace):
     assert "<b>bold</b>" not in page and "&lt;b&gt;bold&lt;/b&gt; words" in page
     assert "looks like another (1)" in page and "unsafe (1)" in page and 'class="alarm"' not in page
     assert beside(Path("reports"))["data_card"] and not beside(Path("data"))["data_card"]
+
+
+def test_the_report_gets_some_pictures_of_each_reason_and_none_that_is_withheld(workspace):
+    """What the stage captions leaves: pictures 3 and 5 were marked, 4 is ugly, 6 looks like another, 7 is 0 again."""
+    config = load_config("params.yaml")
+    shown = card_pictures.dropped(config)
+    keys = {
+        stage: {reason: [int(card["key"]) for card in cards] for reason, cards in by.items()}
+        for stage, by in shown.items()
+    }
+    marked = {"watermarked": [3, 5], "aesthetic too low": [4], "near duplicate": [6], "duplicate picture": [7]}
+    assert keys == {"filter": marked, "captions": {"no words": [8]}}, "9 is unsafe: counted, never shown"
+    write_json(card_pictures.DROPPED, shown)
+    filtered = next(stage for stage in funnel(Path("reports")) if stage["name"] == "filter")
+    assert {item["reason"]: len(item["cards"]) for item in filtered["pictures"]} == {
+        reason: len(numbers) for reason, numbers in marked.items()
+    }
+    assert all(not stage["pictures"] for stage in funnel(Path("reports"), with_pictures=False))
+    unlike = dataclasses.replace(config.filter, evaluation_pictures="references")
+    shown = card_pictures.dropped(dataclasses.replace(config, filter=unlike))
+    assert "near duplicate" not in shown["filter"], "two reasons are possible then, and nobody knows which"
+
+
+def test_pictures_for_the_report_come_from_the_first_shards(workspace, monkeypatch):
+    for suffix in (".tar", ".parquet"):
+        shutil.copy(f"data/shards/00000{suffix}", f"data/shards/00001{suffix}")
+    monkeypatch.setattr(card_pictures, "DROPPED_SHARDS", 1)  # of the second shard the list has no scores
+    assert len(card_pictures.dropped(load_config("params.yaml"))["filter"]["watermarked"]) == 2
+
+
+def test_a_rehearsal_says_so(workspace):
+    write_json(Path("reports/download.json"), {**read_json("reports/source.json"), "rehearsal": {"photographs": 282}})
+    assert card.write(load_config("params.yaml"))["rehearsal"] == 282
+    assert "A rehearsal: 282 photographs" in Path("reports/data_card.html").read_text()
 
 
 def test_what_does_not_fit_is_said(workspace):

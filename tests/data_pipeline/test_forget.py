@@ -209,6 +209,21 @@ def test_traces_that_the_tables_do_not_explain_are_found_and_stop_it(tmp_path, p
     assert forgotten(root)[0]["traces_left"] == 0
 
 
+def test_the_pages_show_nothing_of_it_any_more(tmp_path, project):
+    """The report's pictures of what was dropped lose those, the data card goes and is made anew by its command."""
+    root = build(tmp_path, project)
+    (root / "reports").mkdir(exist_ok=True)
+    cards = [{"key": f"{number:09d}", "uri": "data:", "caption": "c"} for number in (2, 3, 5)]
+    shown = {"filter": {"too small": cards, "unlike": [cards[0]]}, "captions": {"no words": [cards[1]]}}
+    (root / "reports/dropped.json").write_text(json.dumps(shown))
+    for page in ("data_card.html", "data_card.json"):
+        (root / "reports" / page).write_text("000000002")
+    forgotten(root, "art.example")
+    left = {"filter": {"too small": [cards[1]]}, "captions": {"no words": [cards[1]]}}
+    assert read_json(root / "reports/dropped.json") == left
+    assert not list((root / "reports").glob("data_card*"))
+
+
 def test_a_second_request_of_the_day_is_added_and_caches_and_examples_leave(tmp_path, project):
     root = build(tmp_path, project)
     (root / "work/encode/abc").mkdir(parents=True)
