@@ -159,6 +159,8 @@ def sizes() -> dict[str, Any]:
     if not PICTURES.is_file():
         return {}
     table = open_parquet(PICTURES).read(columns=[WIDTH, HEIGHT])
+    if not len(table):  # all of them forgotten
+        return {}
     width, height = (table[name].to_numpy().astype(np.float64) for name in (WIDTH, HEIGHT))
     found = {}
     for name, values in (("short_side_px", np.minimum(width, height)), ("width_over_height", width / height)):
