@@ -77,11 +77,14 @@ def inception_space(weights: str, key: str = "evaluate.fid_inception_weights") -
     except (RuntimeError, KeyError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise StageError(f"{key}: {weights}: not torch-fidelity's weights ({_short(error)})") from None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network.to(device)
+    # on a processor convolutions take two thirds of the time with channels last, which is how the pixels come
+    network.to(device, memory_format=torch.channels_last if device.type == "cpu" else torch.contiguous_format)
 
     @torch.inference_mode()
     def embed(pictures: np.ndarray) -> np.ndarray:
         pixels = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).to(device)
+        if device.type != "cpu":
+            pixels = pixels.contiguous()
         with torch.backends.cudnn.flags(allow_tf32=False):
             return network(pixels)[0].cpu().numpy()
 
