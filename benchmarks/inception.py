@@ -1,23 +1,31 @@
-"""A whole FID of two folders, ours beside torch-fidelity's, with the same weights file on the same pictures.
+"""A whole FID of two folders, `raphael evaluate` beside torch-fidelity's command, the same weights file and pictures.
 
-Both run the same network (torch-fidelity's Inception), so features must agree to rounding; what differs is everything
-around it: reading, batching, the distance, and what is kept for the next time. Three questions: features (difference,
-images/s), the whole distance (difference, wall seconds), and the same with the reference's features at hand, in either
-program's own cache.
+Both run torch-fidelity's network, so features must agree to rounding; what differs is everything around it: layout in
+memory, reading, the distance, and what is kept for the next time. Three questions: features (difference, images/s), the
+whole command from two folders to the number (difference, wall seconds), and ours again, for other pictures, with the
+reference's features at hand. Ours gives all of pair-debug/v1 (KID, precision and recall, density and coverage)
+in its time, theirs the FID alone. Each command is a process of its own; processor seconds stand beside wall seconds,
+since a core that others use too moves the latter.
 
 Without --weights the network has random weights in the published file's form: times are the same, the number is no FID.
 With fewer pictures than 2048 dimensions torch-fidelity's eigenvalues of a singular product carry an error of their own
 (docs/evaluation.md, "Exactness"), so the difference of such a run is not ours alone.
 
-    python benchmarks/inception.py [--n 2500] [--weights FILE] [--images DIR --reference DIR] [--quick]
+    python benchmarks/inception.py [--n 2000] [--weights FILE] [--images DIR --reference DIR] [--home DIR] [--quick]
+
+With --home a run that was ended goes on: a command that ended is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,16 +33,18 @@ from unittest import mock
 import numpy as np
 from _machine import judged, keep, within
 
-from raphael.evaluate.feature_cache import embed_folder
 from raphael.evaluate.picture_folder import PictureFolder, Preparation
 from raphael.evaluate.spaces import open_network
+from raphael.stage import read_json, write_json
 
-AS_THEY_ARE = (Preparation("none", 0), 0)
+PROJECT = Path(__file__).resolve().parent.parent
+PHOTOGRAPHS = PROJECT.parent / "shared" / "data" / "coco"  # where the machine has them
 BATCH = 50
+FIDELITY = "from torch_fidelity.fidelity import main; main()"
 
 
 def random_weights(path: Path) -> Path:
-    """Inception's weights as torch-fidelity's constructor draws them, in the form of its file."""
+    """A file in the form of torch-fidelity's, with weights that keep the size of activations from layer to layer."""
     import torch
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -42,34 +52,42 @@ def random_weights(path: Path) -> Path:
     torch.save({}, path)
     with mock.patch.object(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None):
         network = FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=str(path))
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
     torch.save(network.state_dict(), path)
     return path
 
 
-def draw_folder(folder: Path, n: int, side_px: int, seed: int) -> Path:
-    """n smooth random pictures as PNG."""
+def fill_folder(folder: Path, n: int, side_px: int, seed: int, photographs: Path) -> Path:
+    """n PNGs of one size: crops of photographs where there are any, else smooth random fields."""
     from PIL import Image
 
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(seed)
+    if folder.is_dir() and len(list(folder.iterdir())) == n:
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    rng, sources = np.random.default_rng(seed), sorted(photographs.glob("*.jpg"))
     for index in range(n):
-        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8))
-        coarse.resize((side_px, side_px), Image.Resampling.BICUBIC).save(folder / f"{index:05d}.png")
+        if sources:
+            with Image.open(sources[index % len(sources)]) as photograph:
+                photograph = photograph.convert("RGB")
+            edge = int(min(photograph.size) * rng.uniform(0.5, 1.0))
+            left, top = (int(rng.integers(0, length - edge + 1)) for length in photograph.size)
+            image = photograph.crop((left, top, left + edge, top + edge)).resize((side_px, side_px))
+        else:
+            coarse = Image.fromarray(rng.integers(0, 256, (8, 8 + 8 * seed, 3), np.uint8))
+            image = coarse.resize((side_px, side_px), Image.Resampling.BICUBIC)
+        image.save(folder / f"{index:05d}.png", compress_level=1)
     return folder
 
 
-def timed(action: Callable[[], Any]) -> tuple[float, Any]:
-    started = time.perf_counter()
-    value = action()
-    return time.perf_counter() - started, value
-
-
-def features_side_by_side(images: Path, weights: Path) -> dict[str, Any]:
-    """The first batches through both; relative difference: the largest one over the features' root mean square."""
+def features_side_by_side(images: Path, weights: Path, rounds: int) -> dict[str, Any]:
+    """Two batches through both, in turns; relative difference: the largest one over the features' root mean square."""
     import torch
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    pictures = np.stack(list(PictureFolder.read(images).pictures(AS_THEY_ARE[0], files=slice(0, 2 * BATCH))))
+    first = PictureFolder.read(images).pictures(Preparation("none", 0), files=slice(0, 2 * BATCH))
+    pictures = np.stack(list(first))
     ours = open_network(f"inception:{weights}")
     theirs = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights))
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -83,94 +101,130 @@ def features_side_by_side(images: Path, weights: Path) -> dict[str, Any]:
     def run_ours() -> np.ndarray:
         return np.concatenate([ours.embed(pictures[start : start + BATCH]) for start in range(0, len(pictures), BATCH)])
 
-    ours.embed(pictures[:2]), run_theirs()  # both warm
-    ours_s, mine = timed(run_ours)
-    theirs_s, other = timed(run_theirs)
-    scale = float(np.sqrt((other.astype(np.float64) ** 2).mean()))
+    acts = {"ours": run_ours, "theirs": run_theirs}
+    rows = {name: act() for name, act in acts.items()}  # and both are warm
+    seconds: dict[str, list[float]] = {name: [] for name in acts}
+    for _ in range(rounds):
+        for name, act in acts.items():
+            started = time.perf_counter()
+            act()
+            seconds[name].append(time.perf_counter() - started)
+    scale = float(np.sqrt((rows["theirs"].astype(np.float64) ** 2).mean()))
     return {
         "what": "features",
         "n": len(pictures),
-        "relative_difference": float(np.abs(mine - other).max()) / scale,
-        "ours_images_per_s": round(len(pictures) / ours_s, 2),
-        "torch_fidelity_images_per_s": round(len(pictures) / theirs_s, 2),
+        "relative_difference": float(np.abs(rows["ours"] - rows["theirs"]).max()) / scale,
+        "ours_images_per_s": round(len(pictures) / min(seconds["ours"]), 2),
+        "torch_fidelity_images_per_s": round(len(pictures) / min(seconds["theirs"]), 2),
     }
 
 
+def command_seconds(name: str, command: list[str], home: Path) -> dict[str, Any]:
+    """Run it in `home`, once for all: {wall_s, processor_s, output}. Exits where it fails."""
+    done = home / f"{name}.json"
+    if done.is_file():
+        return read_json(done)
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    started = time.perf_counter()
+    with (home / f"{name}.out").open("w") as output, (home / f"{name}.err").open("w") as errors:
+        child = subprocess.Popen([sys.executable, *command], cwd=home, env=environment, stdout=output, stderr=errors)
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+    wall_s = time.perf_counter() - started
+    if child.returncode:
+        raise SystemExit(f"{name} ended with status {child.returncode}: {(home / f'{name}.err').read_text()[-2000:]}")
+    facts = {"wall_s": round(wall_s, 2), "processor_s": round(usage.ru_utime + usage.ru_stime, 2)}
+    write_json(done, {**facts, "output": (home / f"{name}.out").read_text()})
+    return read_json(done)
+
+
+def renamed(folder: Path, to: Path) -> Path:
+    """The same pictures in the same order under other names: no cache knows them."""
+    to.mkdir(exist_ok=True)
+    for path in PictureFolder.read(folder).files:
+        link = to / f"again-{path.name}"
+        if not link.is_symlink():
+            link.symlink_to(path.resolve())
+    return to
+
+
 def whole_distance(images: Path, reference: Path, weights: Path, home: Path) -> list[dict[str, Any]]:
-    """From two folders to a number: the first time, and again with other pictures' reference at hand."""
+    """From two folders to a number: the first time, and for other pictures with the reference's features at hand."""
     import torch
-    from torch_fidelity import calculate_metrics
 
-    network = open_network(f"inception:{weights}")
-
-    def ours(cache: Path) -> float:
-        def statistics(folder: Path) -> Any:
-            (features,) = embed_folder(PictureFolder.read(folder), AS_THEY_ARE, [network], cache)
-            return features.statistics()
-
-        return statistics(images).distance(statistics(reference))
-
-    def theirs(name: str | None) -> float:
-        options = {"input2_cache_name": name} if name else {}
-        found = calculate_metrics(
-            input1=str(images), input2=str(reference), fid=True, verbose=False, cuda=torch.cuda.is_available(),
-            batch_size=BATCH, feature_extractor_weights_path=str(weights), cache=bool(name),
-            cache_root=str(home / "theirs"), **options,
-        )  # fmt: skip
-        return float(found["frechet_inception_distance"])
-
-    n = [len(PictureFolder.read(folder).files) for folder in (images, reference)]
+    device = ["--gpu", "0"] if torch.cuda.is_available() else ["--cpu"]
+    if not (home / "ours-whole.json").is_file():
+        shutil.rmtree(home / "ours", ignore_errors=True)  # half of an ended run would be a head start
+    theirs = ["-c", FIDELITY, "--fid", "--json", *device, "--batch-size", str(BATCH), "--no-cache"]
+    theirs += ["--feature-extractor-weights-path", str(weights), "--input1", str(images), "--input2", str(reference)]
     rows = []
-    first = (timed(lambda: ours(home / "ours")), timed(lambda: theirs(None)))
-    embed_folder(PictureFolder.read(reference), AS_THEY_ARE, [network], home / "kept")
-    theirs("reference")  # fills its cache
-    cached = (timed(lambda: ours(home / "kept")), timed(lambda: theirs("reference")))
-    for what, ((ours_s, mine), (theirs_s, other)) in {"whole": first, "reference cached": cached}.items():
+    for what, drawn in (("whole", images), ("reference cached", renamed(images, home / "again"))):
+        file = f"numbers-{what.replace(' ', '-')}.json"
+        ours = ["-m", "raphael.cli", "evaluate", "--images", str(drawn), "--reference", str(reference)]
+        ours += ["--features", f"inception:{weights}", "--cache", str(home / "ours"), "--out", file]
+        mine = command_seconds(f"ours-{what.replace(' ', '-')}", ours, home)
+        other = command_seconds("theirs", theirs, home)  # the second time it is known
+        got = next(row for row in read_json(home / file)["numbers"] if row["name"].startswith(("fid_", "fd_")))
+        expected = json.loads(other["output"][other["output"].index("{") :])["frechet_inception_distance"]
         rows.append(
             {
                 "what": what,
-                "n": n,
-                "ours": mine,
-                "torch_fidelity": other,
-                "relative_difference": abs(mine - other) / abs(other),
-                "ours_s": round(ours_s, 3),
-                "torch_fidelity_s": round(theirs_s, 3),
-                "times": round(theirs_s / ours_s, 2),
+                "n": [got["n"], got["n_reference"]],
+                "ours": got["value"],
+                "torch_fidelity": expected,
+                "relative_difference": abs(got["value"] - expected) / abs(expected),
+                **{f"ours_{key}": mine[key] for key in ("wall_s", "processor_s")},
+                **{f"torch_fidelity_{key}": other[key] for key in ("wall_s", "processor_s")},
             }
         )
     return rows
 
 
+def summary_of(features: dict[str, Any], whole: dict[str, Any], cached: dict[str, Any]) -> list[dict[str, Any]]:
+    rates = features["ours_images_per_s"], features["torch_fidelity_images_per_s"]
+    both = ("ours_wall_s", "torch_fidelity_wall_s")
+    n = whole["n"][0]
+    return [
+        judged("Inception features; peer: torch-fidelity", *rates, "images/s", ">= 1.0"),
+        within("features, relative difference", features["relative_difference"], 1e-5, "share"),
+        judged(f"whole command, n {n}; peer: torch-fidelity's", *(whole[key] for key in both), "s", "<= 1.0"),
+        within("whole command, relative difference", whole["relative_difference"], 1e-4, "share"),
+        judged(
+            "whole command, processor seconds; peer: torch-fidelity's",
+            whole["ours_processor_s"], whole["torch_fidelity_processor_s"], "s", "<= 1.0",
+        ),
+        judged("reference cached; peer: torch-fidelity's whole", *(cached[key] for key in both), "s", "<= 0.55"),
+    ]  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=2500, help="pictures of each folder drawn here")
+    parser.add_argument("--n", type=int, default=2000, help="pictures of each folder made here")
     parser.add_argument("--side-px", type=int, default=256)
     parser.add_argument("--images", type=Path, help="a folder of pictures instead, all of one size")
     parser.add_argument("--reference", type=Path)
     parser.add_argument("--weights", type=Path, help="torch-fidelity's file; default: random weights in its form")
+    parser.add_argument("--home", type=Path, help="where pictures, caches and what is done are kept; default: nowhere")
+    parser.add_argument("--note", default="", help="what else the machine did meanwhile, for the result")
     parser.add_argument("--quick", action="store_true", help="four pictures: does it run at all")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        home = Path(temporary)
+        home = arguments.home or Path(temporary)
+        home.mkdir(parents=True, exist_ok=True)
+        home = home.resolve()
         n, side = (4, 64) if arguments.quick else (arguments.n, arguments.side_px)
-        images = arguments.images or draw_folder(home / "a", n, side, 0)
-        reference = arguments.reference or draw_folder(home / "b", n, side, 1)
+        images = arguments.images or fill_folder(home / "a", n, side, 0, PHOTOGRAPHS / "val2017")
+        reference = arguments.reference or fill_folder(home / "b", n, side, 1, PHOTOGRAPHS / "train2017")
         weights = arguments.weights or random_weights(home / "random.pth")
-        rows = [features_side_by_side(images, weights), *whole_distance(images, reference, weights, home)]
+        if not (home / "features.json").is_file():
+            rows = features_side_by_side(images, weights.resolve(), 1 if arguments.quick else 3)
+            write_json(home / "features.json", rows)
+        rows = [read_json(home / "features.json"), *whole_distance(images, reference, weights.resolve(), home)]
     for row in rows:
         print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
     if not arguments.quick:
-        features, whole, cached = rows
-        rates = features["ours_images_per_s"], features["torch_fidelity_images_per_s"]
-        summary = [
-            judged("Inception features; peer: torch-fidelity", *rates, "images/s", ">= 1.0"),
-            within("features, relative difference", features["relative_difference"], 1e-5, "share"),
-            judged("whole distance; peer: torch-fidelity", whole["ours_s"], whole["torch_fidelity_s"], "s", "<= 1.0"),
-            within("whole distance, relative difference", whole["relative_difference"], 1e-4, "share"),
-            judged("reference cached; peer: torch-fidelity, cached", cached["ours_s"], cached["torch_fidelity_s"], "s"),
-            judged("reference cached; peer: whole", cached["ours_s"], whole["torch_fidelity_s"], "s", "<= 0.55"),
-        ]
-        keep("inception", rows, summary, weights="random" if arguments.weights is None else arguments.weights.name)
+        facts = {"weights": "random" if arguments.weights is None else arguments.weights.name, "note": arguments.note}
+        keep("inception", rows, summary_of(*rows), **facts)
 
 
 if __name__ == "__main__":

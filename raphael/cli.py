@@ -156,6 +156,8 @@ def _evaluate_command(commands: argparse._SubParsersAction) -> None:
         help="inception:FILE, open_clip:ARCH:FILE, a CLIP folder, taesd:FOLDER; repeatable",
     )
     command.add_argument("--prompts", type=Path, help="one prompt a line, in the order of the pictures")
+    command.add_argument("--workers", type=int, default=1, help="that share the pictures (default: %(default)s)")
+    command.add_argument("--ray", action="store_true", help="workers are Ray's: of RAY_ADDRESS, or of a private Ray")
     command.add_argument("--cache", type=Path, default=Path("work/features"), help="default: %(default)s")
     command.add_argument("--out", type=Path, help="where the numbers go, as JSON")
     command.add_argument("--guidance-scale", type=float, help="of the pictures, where images.json does not say")
@@ -314,8 +316,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
         evaluate_folders(arguments)
         return
-    if arguments.reference or arguments.features:
-        raise StageError("evaluate: got --reference or --features without --images, expected a folder of pictures")
+    if arguments.reference or arguments.features or arguments.workers != 1 or arguments.ray:
+        raise StageError(
+            "evaluate: got --reference, --features, --workers or --ray without --images, expected a folder of pictures"
+        )
 
     for module in ("raphael.evaluate", "raphael.evaluate.report"):
         status = subprocess.run([sys.executable, "-m", module, "--params", arguments.params]).returncode

@@ -24,7 +24,12 @@ PURE_MAY = {"torch", "numpy", "einops"}
 LONG_BY_CONTRACT = {("raphael/generate/pipeline.py", "__call__")}  # diffusers' argument names
 ONLY_HERE = {
     "mlflow": ("raphael/tracking.py",),
-    "ray": ("raphael/ray_cluster.py", "raphael/train/ray_trainer.py", "data_pipeline/score_ray.py"),
+    "ray": (
+        "raphael/ray_cluster.py",
+        "raphael/train/ray_trainer.py",
+        "raphael/evaluate/workers.py",
+        "data_pipeline/score_ray.py",
+    ),
 }
 MAY_NOT = {  # what lies in the left may not import what begins with one of the right
     "raphael/": ("data_pipeline", "flows"),

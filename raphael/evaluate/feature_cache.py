@@ -3,8 +3,8 @@
     <cache>/<network hash>/<pictures and preparation>/00000.npy 00001.npy ...      BLOCK_ROWS rows each, the last fewer
 
 A block is written whole or not at all. So a run that was killed goes on where it stopped, and several workers can share
-the work: worker w of W computes every W-th block. Statistics are merged over blocks in order (frechet.py): the same
-number for any number of workers.
+the work (workers.py): worker w of W computes every W-th block. Whoever computes a block forms the same batches of the
+same pictures, and statistics are taken over blocks in order: the same number for any number of workers.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from raphael.evaluate.features import FeatureSpace, batches
-from raphael.evaluate.frechet import BLOCK_ROWS, Features
+from raphael.evaluate.features import BATCH, FeatureSpace, batches
+from raphael.evaluate.frechet import Features
 from raphael.evaluate.picture_folder import PictureFolder, Preparation
 from raphael.stage import StageError
+
+BLOCK_ROWS = 5 * BATCH  # what a kill costs at most, and the smallest share of a worker
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class CachedFeatures:
 
     def path(self, block: int) -> Path:
         return self.folder / f"{block:05d}.npy"
+
+    def finished(self) -> int:
+        """Pictures whose block is there."""
+        sizes = [min(BLOCK_ROWS, self.count - block * BLOCK_ROWS) for block in range(self.num_blocks)]
+        return sum(size for block, size in enumerate(sizes) if self.path(block).is_file())
 
     def blocks(self) -> Iterator[np.ndarray]:
         """Raises StageError for a block that is missing or of another length."""
@@ -66,6 +73,20 @@ class CachedFeatures:
         return features
 
 
+def cached_sets(
+    pictures: PictureFolder, preparation: Preparation, networks: Sequence[FeatureSpace], cache: Path
+) -> list[CachedFeatures]:
+    """Where the features of a folder by each network are, or will be."""
+    name = hashlib.sha256(f"{pictures.digest()} {preparation} {BLOCK_ROWS}".encode()).hexdigest()[:16]
+    sets = []
+    for network in networks:
+        assert network.network, f"{network.name}: a network without a hash cannot be cached"
+        folder = cache / network.network[:16] / name
+        folder.mkdir(parents=True, exist_ok=True)
+        sets.append(CachedFeatures(folder, len(pictures.files)))
+    return sets
+
+
 def embed_folder(
     pictures: PictureFolder,
     prepare: tuple[Preparation, int],
@@ -80,13 +101,7 @@ def embed_folder(
     with several, the blocks of the others may not be there yet. Raises StageError for a picture, ValueError for NaN.
     """
     preparation, only_size_px = prepare
-    name = hashlib.sha256(f"{pictures.digest()} {preparation}".encode()).hexdigest()[:16]
-    sets = []
-    for network in networks:
-        assert network.network, f"{network.name}: a network without a hash cannot be cached"
-        folder = cache / network.network[:16] / name
-        folder.mkdir(parents=True, exist_ok=True)
-        sets.append(CachedFeatures(folder, len(pictures.files)))
+    sets = cached_sets(pictures, preparation, networks, cache)
     which, workers = worker
     for block in range(sets[0].num_blocks):
         rows = slice(block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, len(pictures.files)))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raphael.evaluate.features import INCEPTION_FILE, INCEPTION_FROM
 from raphael.evaluate.picture_folder import PictureFolder
 from raphael.evaluate.protocol import Protocol, load_protocol
 from raphael.stage import StageError, read_json, write_json
+
+if TYPE_CHECKING:
+    from raphael.evaluate.measure import Measurement
+    from raphael.evaluate.spaces import Network
 
 INCEPTION_HOME = Path("models/inception") / INCEPTION_FILE
 CLIP_HOME = Path("models/clip")
@@ -18,6 +22,8 @@ CLIP_HOME = Path("models/clip")
 def evaluate_folders(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, write the report to --out, print the table. Raises StageError and ValueError, one line."""
     protocol = load_protocol(arguments.protocol)
+    if arguments.workers < 1:
+        raise StageError(f"--workers: got {arguments.workers}, expected at least 1")
     if protocol.needs_reference and not arguments.reference:
         raise StageError(f"{protocol.identity}: got no --reference, expected a folder: {protocol.reference}")
     if arguments.reference and not protocol.needs_reference:
@@ -29,7 +35,7 @@ def evaluate_folders(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from tqdm import tqdm
 
-    from raphael.evaluate.measure import Measurement, measure, settings_of, table
+    from raphael.evaluate.measure import Measurement, check, measure, settings_of, table
     from raphael.evaluate.spaces import open_network
     from raphael.evaluate.tracked import log_report
 
@@ -38,14 +44,44 @@ def evaluate_folders(arguments: argparse.Namespace) -> dict[str, Any]:
         protocol, drawn, reference, settings_of(drawn.listing, given), _prompts(drawn, arguments.prompts)
     )
     networks = [open_network(spec) for spec in specs]
+    check(measurement, networks)
     total = len(drawn.files) + (len(reference.files) if reference else 0)
     with tqdm(total=total, unit=" images", desc="features", dynamic_ncols=True) as bar:
-        report = measure(measurement, networks, Path(arguments.cache), bar.update)
+        tick = bar.update
+        if networks and (arguments.workers > 1 or arguments.ray):
+            _embed_by_workers(measurement, networks, (specs, arguments), bar.update)
+            tick = lambda n: None  # noqa: E731 - they are counted already
+        report = measure(measurement, networks, Path(arguments.cache), tick)
     if arguments.out:
         write_json(arguments.out, report)
     print(table(report))
     print(log_report(report, drawn.listing, Path(arguments.params)))
     return report
+
+
+def _embed_by_workers(
+    measurement: Measurement, networks: list[Network], asked: tuple[list[str], argparse.Namespace], tick: Any
+) -> None:
+    """Fill the cache with the features that `measure` will read. asked: the networks' specs, and the options."""
+    from raphael.evaluate.feature_cache import cached_sets
+    from raphael.evaluate.workers import Work, embed_by_processes, embed_on_ray
+
+    specs, arguments = asked
+    pictures, cache = measurement.protocol.pictures, Path(arguments.cache)
+    folders = tuple(side for side in (measurement.drawn, measurement.reference) if side is not None)
+    sets = [cached_sets(side, pictures.preparation, networks, cache) for side in folders]
+    seen = 0
+
+    def look() -> None:
+        nonlocal seen
+        finished = sum(min(one.finished() for one in of_side) for of_side in sets)
+        if finished > seen:
+            tick(finished - seen)
+        seen = finished
+
+    work = Work(tuple(specs), folders, (pictures.preparation, pictures.only_size_px), cache)
+    (embed_on_ray if arguments.ray else embed_by_processes)(work, arguments.workers, look=look)
+    look()
 
 
 def feature_specs(protocol: Protocol, given: list[str]) -> list[str]:

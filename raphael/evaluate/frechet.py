@@ -229,7 +229,7 @@ def merge(left: Block, right: Block) -> Block:
 def _trace_of_root(factor1: np.ndarray, sigma2: np.ndarray) -> float:
     """tr (S1 S2)^(1/2) from S1 = F F^T: the roots of the eigenvalues of the symmetric F^T S2 F, those of S1 S2.
 
-    By torch, whose LAPACK (MKL on Intel) takes two thirds of the time of NumPy's for the products and half for the values.
+    By torch: its LAPACK (MKL on Intel) takes two thirds of the time of NumPy's for products and half for eigenvalues.
     """
     import torch
 
