@@ -37,7 +37,7 @@ from raphael.strict import to_dict
 
 NO_WORKSPACES = (
     "needs models trained for it: name a folder of workspaces in the plan (workspaces), such as work/spaces/ablation "
-    "after an ablation whose arms differ in it"
+    "after `python -m flows.run_ablation --plan flows/train_....yaml`, as flows/sweep_trained.yaml does"
 )
 Figure = dict[str, Any]
 Draw = Callable[[Point], dict[str, Any]]
@@ -124,7 +124,7 @@ def trained_figures(plan: Plan, trained: list[Trained], config: Config, draw: Dr
             for label, numbers in series.items()
         }
         figures[kind] = results.gather(measured)
-        if kind != "edge_max_timestep":
+        if kind.endswith("_experts"):
             figures[kind]["steps_per_s"] = {
                 label: [
                     [x, steps_per_s(ones[0].model, plan.speed_steps, home, RaphaelPipeline.from_pretrained)]

@@ -1,4 +1,4 @@
-"""Models that were trained for a sweep: over numbers of experts and over T_c, read from the workspaces of an ablation.
+"""Models that were trained for a sweep: over numbers of experts, T_c and alpha, from the workspaces of an ablation.
 
 A figure takes workspaces that differ in its number and in the seed, and in nothing else of network, training and data.
 """
@@ -28,6 +28,7 @@ NUMBERS = {  # of each figure over trained models: what the number is called
     "space_experts": "space experts",
     "time_experts": "time experts",
     "edge_max_timestep": "T_c",
+    "mask_threshold": "alpha",
 }
 NOT_THE_SUBJECT = {"sample_prompts", "num_sample_prompts", "num_workers", "use_gpu", "seed", "edge_max_timestep"}
 
@@ -50,6 +51,7 @@ class Trained:
         train = read_yaml(workspace / "params.yaml")["train"]
         unet = dict(model.unet)
         numbers = {"edge_max_timestep": float(train["edge_max_timestep"])}
+        numbers["mask_threshold"] = float(unet.pop("mask_threshold"))
         for kind in ("space", "time"):
             layer, count = unet.pop(f"{kind}_layer"), unet.pop(f"num_{kind}_experts")
             numbers[f"{kind}_experts"] = 0.0 if layer == "none" else float(count)

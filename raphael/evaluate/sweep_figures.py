@@ -60,15 +60,16 @@ TITLES = {
     "space_experts": ("Space experts", "space experts"),
     "time_experts": ("Time experts", "time experts"),
     "edge_max_timestep": ("T_c of the edge loss", "T_c"),
+    "mask_threshold": ("alpha, trained anew", "alpha"),
 }
-RETRAINED = ("space_experts", "time_experts", "edge_max_timestep")
+RETRAINED = ("space_experts", "time_experts", "edge_max_timestep", "mask_threshold")
 
 
 def charts(results: dict[str, Any]) -> list[dict[str, Any]]:
     """sweep.json's figures for a page: {name, title, absent} or {.., n, rows, charts: [{title, svg}], series}."""
     found = []
     for name, (title, axis) in TITLES.items():
-        figure = results["figures"][name]
+        figure = results["figures"].get(name, {"absent": "not asked for when this sweep was made"})
         if "absent" in figure:
             found.append({"name": name, "title": title, "absent": figure["absent"]})
             continue

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from flows import sweep_results
+from flows import ablation_plan, settings, sweep_results
 from flows.sweep import run
 from flows.sweep_page import render
 from flows.sweep_plan import PLAN, Model, Point, chosen_prompts, config_of, load_plan
@@ -153,7 +153,7 @@ def test_the_page_labels_guidance_says_what_alpha_is_not_and_why_a_figure_is_abs
     page = (root / "reports/sweep.html").read_text()
     assert page == render(results) and page.count("<svg") == 3
     assert ">1.5</text>" in page and ">4</text>" in page and "Not trained anew." in page
-    assert page.count("Absent: needs models trained for it") == 3
+    assert page.count("Absent: needs models trained for it") == 4
     assert "://" not in page.replace("http://www.w3.org", "")
 
 
@@ -177,7 +177,10 @@ def test_models_trained_with_other_numbers_of_experts_become_a_curve_with_their_
     run(tmp_path, plan)
     figures = read_json(tmp_path / "reports/sweep.json")["figures"]
     ((name, rows),) = figures["space_experts"]["series"].items()
-    assert name == "T_c 500, time experts 4" and [(row["x"], row["seeds"]) for row in rows] == [(2, 2), (4, 1)]
+    assert name == "T_c 500, alpha 0.2, time experts 4" and [(row["x"], row["seeds"]) for row in rows] == [
+        (2, 2),
+        (4, 1),
+    ]
     assert rows[0]["distance"]["error"] > 0 and rows[1]["distance"]["error"] is None
     assert [x for x, rate in figures["space_experts"]["steps_per_s"][name] if rate > 0] == [2, 4]
     assert "no two differ in time experts" in figures["time_experts"]["absent"]
@@ -232,14 +235,35 @@ def test_a_points_key_follows_weights_settings_and_prompts_and_nothing_else(tmp_
 def test_only_models_that_differ_in_one_number_are_drawn_together(tmp_path):
     model = Model(tmp_path, "a", {}, (64, 64))
 
-    def trained(space, tc, rest="same", seed=0):
-        return Trained(model, seed, {"space_experts": space, "time_experts": 4, "edge_max_timestep": tc}, rest)
+    def trained(space, tc, rest="same", seed=0, alpha=0.2):
+        numbers = {"space_experts": space, "time_experts": 4, "edge_max_timestep": tc, "mask_threshold": alpha}
+        return Trained(model, seed, numbers, rest)
 
     ones = [trained(2, 500), trained(4, 500), trained(4, 500, seed=1), trained(4, 250), trained(8, 500, "longer")]
     (found,) = series_over(ones, "space_experts").values()
     assert {x: len(models) for x, models in found.items()} == {2: 1, 4: 2}
-    assert list(series_over(ones, "edge_max_timestep")) == ["space experts 4, time experts 4"]
+    assert list(series_over(ones, "edge_max_timestep")) == ["alpha 0.2, space experts 4, time experts 4"]
+    ones.append(trained(4, 500, alpha=0.4))
+    assert list(series_over(ones, "mask_threshold")) == ["T_c 500, space experts 4, time experts 4"]
     assert series_over(ones, "time_experts") == {}
+
+
+@pytest.mark.parametrize("name", ["alpha", "t_c", "experts"])
+def test_the_plans_that_train_for_a_figure_load_and_their_arms_differ_in_what_it_is_over(name, tmp_path):
+    plan = ablation_plan.load_plan(PLAN.with_name(f"train_{name}.yaml"))
+    seen = set()
+    for arm in plan.arms:
+        unet = yaml.safe_load(ablation_plan.preset_text(plan, arm))["unet"]
+        changes = settings.parse([*plan.params, *plan.arms[arm].params])
+        (tmp_path / "params.yaml").write_text(settings.merged(PROJECT / "params.yaml", changes))
+        config = load_config(tmp_path / "params.yaml")
+        numbers = unet["mask_threshold"], unet["num_space_experts"], unet["num_time_experts"]
+        seen.add((*numbers, config.train.edge_max_timestep))
+    assert len(seen) == len(plan.arms) >= 4
+    varied = [len({one[place] for one in seen}) > 1 for place in range(4)]
+    assert varied == {"alpha": [1, 0, 0, 0], "t_c": [0, 0, 0, 1], "experts": [0, 1, 1, 0]}[name]
+    trained = load_plan(PLAN.with_name("sweep_trained.yaml"))
+    assert trained.workspaces == "work/spaces/ablation" and not trained.mask_threshold and not trained.guidance_scale
 
 
 @pytest.mark.parametrize(
