@@ -134,30 +134,33 @@ def leftovers(root: Path, undisturbed: Path) -> set[str]:
     return found(root) - found(undisturbed)
 
 
-def kill_at_random(project: Path, stage: str, root: Path, rng: random.Random, seconds: float) -> bool:
-    """Start a stage and kill its process group somewhere in its run. Returns whether it was still running."""
+def kill_at_random(project: Path, stage: str, root: Path, after_s: float) -> float | None:
+    """Start a stage and kill its process group after a while. Returns the seconds of a run that ended before that."""
+    started_s = time.monotonic()
     with subprocess.Popen(**command(project, stage, root), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
         try:
-            run.wait(timeout=rng.uniform(0.15, 1.0) * seconds)
+            run.wait(timeout=after_s)
         except subprocess.TimeoutExpired:
             os.killpg(run.pid, signal.SIGKILL)
-            return True
-    return False
+            return None
+    return time.monotonic() - started_s
 
 
 def killed_and_finished(project: Path, root: Path, seconds: float, stage: str, target: Path, kills: int) -> int:
-    """Kill a stage so many times and let it end. Returns how many runs were killed (a run that was quicker than its
-    kill does not count; its results are removed and it is tried again)."""
+    """Kill a stage so many times and let it end. Returns how many runs were killed: a run that was quicker than its
+    kill does not count; its results are removed, it is tried again, and its seconds are the new measure."""
     copy_without(root, stage, target)
     rng = random.Random(f"{stage} {kills}")
     hits = 0
     for _ in range(6 * kills):
         if hits == kills:
             break
-        if kill_at_random(project, stage, target, rng, seconds):
+        ended_s = kill_at_random(project, stage, target, rng.uniform(0.15, 1.0) * seconds)
+        if ended_s is None:
             hits += 1
-        elif (target / STAGES[stage].output).exists():
-            shutil.rmtree(target / STAGES[stage].output)
+            continue
+        seconds = min(seconds, ended_s)
+        shutil.rmtree(target / STAGES[stage].output, ignore_errors=True)
     finish(project, stage, target)
     return hits
 
