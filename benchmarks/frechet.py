@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from _machine import judged, keep
+from _machine import judged, keep, within
 
 from raphael.evaluate.frechet import Features, Reference
 
@@ -43,6 +43,13 @@ def torch_eigvals(s1: np.ndarray, s2: np.ndarray) -> float:
 
     values = torch.linalg.eigvals(torch.from_numpy(s1) @ torch.from_numpy(s2))
     return float(values.sqrt().real.sum())
+
+
+def torch_fidelity(mu1: np.ndarray, s1: np.ndarray, mu2: np.ndarray, s2: np.ndarray) -> float:
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+
+    ones = [{"mu": mu, "sigma": sigma} for mu, sigma in ((mu1, s1), (mu2, s2))]
+    return float(fid_statistics_to_metric(*ones, verbose=False)[KEY_METRIC_FID])
 
 
 def few_rows(n: int, dim: int, spread: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -94,6 +101,7 @@ def compare(n1: int, n2: int, dim: int, repeats: int) -> list[dict[str, Any]]:
         "ours, reference cached": lambda: cached.distance_to(ours),
         "ours": lambda: Reference.of(theirs).distance_to(ours),
         "torch eigvals (torchmetrics)": lambda: gaussians(mu1, s1, mu2, s2, torch_eigvals(s1, s2)),
+        "torch-fidelity": lambda: torch_fidelity(mu1, s1, mu2, s2),
         "scipy sqrtm (pytorch-fid, clean-fid)": lambda: gaussians(mu1, s1, mu2, s2, scipy_sqrtm(s1, s2)),
     }
     results = []
@@ -122,6 +130,12 @@ def summary_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         few = max(row["n"]) <= row["dim"]
         target = "" if few else "<= 0.0625"
         summary.append(judged(case, row["seconds"], peer["seconds"], "s", target))
+        if not few:
+            others = [other["distance"] for other in rows if other["n"] == row["n"] and "ours" not in other["way"]]
+            apart = max(abs(row["distance"] - other) / other for other in others)
+            summary.append(
+                within(f"{row['way']}, n {row['n'][0]}: largest difference from a peer", apart, 1e-6, "share")
+            )
         if few:
             errors = (row["relative_error"], peer["relative_error"])
             summary.append(judged(f"error of {case}", *errors, "relative", "<= 1e-4"))

@@ -46,6 +46,17 @@ def test_general_covariances_agree_with_the_matrix_square_root():
     assert frechet_distance(*arguments) == pytest.approx(naive(*arguments), rel=1e-9)
 
 
+def test_the_distance_agrees_with_torch_fidelity_on_the_same_features():
+    import torch
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+
+    rng = np.random.default_rng(10)
+    one, two = rng.normal(size=(300, 24)), rng.normal(size=(250, 24)) @ random_covariance(rng, 24) + 0.2
+    statistics = [fid_features_to_statistics(torch.from_numpy(rows)) for rows in (one, two)]
+    theirs = fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
+    assert Features(24).update(one).distance(Features(24).update(two)) == pytest.approx(theirs, rel=1e-9)
+
+
 def test_streaming_in_pieces_equals_numpy_on_the_whole():
     rng = np.random.default_rng(2)
     rows = rng.normal(size=(500, 12)) * 0.01 + 1000.0  # a mean that would swallow the digits of a naive sum of squares
