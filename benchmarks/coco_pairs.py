@@ -231,7 +231,7 @@ def compare(pair: Pair, home: Path, specs: list[str]) -> list[dict[str, Any]]:
     rows = []
 
     def row(network: str, metric: str, peer: str, mine: float, other: float, limit: float | None) -> None:
-        # KID is unbiased and crosses zero: from other features it is judged beside its kernel's values, which are about 1
+        # KID crosses zero: from other features it is judged beside the values of its kernel, which are about 1
         scale = 1.0 if metric == "kid" and peer.endswith("from the pictures") else abs(other) or 1.0
         difference = abs(mine - other) / scale
         facts = {"pair": pair.name, "network": network, "metric": metric, "peer": peer, "ours": mine, "theirs": other}
