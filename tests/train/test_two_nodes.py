@@ -17,7 +17,7 @@ from truth import ray_nodes, toy_training
 from truth.ray_nodes import TwoNodes, order
 from truth.toy_training import LOOP, ToyData, ToyObjective, fingerprint
 
-from raphael.checkpoint import CheckpointHome
+from raphael.checkpoint_home import CheckpointHome
 from raphael.randomness import SampleRng
 from raphael.ray_cluster import token
 from raphael.stage import StageError

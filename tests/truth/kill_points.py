@@ -30,7 +30,7 @@ import torch
 from truth.parallel_toy import BlockObjective
 from truth.toy_training import LOOP, ToyData
 
-from raphael.checkpoint import CheckpointHome
+from raphael.checkpoint_home import CheckpointHome
 from raphael.train.world import PLAIN
 
 STEPS = LOOP.num_images // LOOP.batch_size
