@@ -133,7 +133,7 @@ def test_evaluating_again_writes_the_same_bytes_and_a_later_point_into_the_run(e
 
 def test_the_evaluation_names_its_protocol_and_failures_worth_looking_at(evaluated, generated):
     listed = json.loads((generated / "images.json").read_text())["images"]
-    assert len(evaluated["prompts"]) == 64 and len(evaluated["failures"]["lowest_clip_score"]) == 12
+    assert len(evaluated["prompts"]) == 64 and len(evaluated["failures"]["lowest_clip_score"]) == 10
     low, high = evaluated["clip_score_self_interval"]
     assert low < evaluated["clip_score_self"] < high
     values = [row["value"] for row in evaluated["failures"]["lowest_clip_score"]]
