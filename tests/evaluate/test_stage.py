@@ -137,7 +137,8 @@ def test_the_evaluation_names_its_protocol_and_failures_worth_looking_at(evaluat
     low, high = evaluated["clip_score_self_interval"]
     assert low < evaluated["clip_score_self"] < high
     values = [row["value"] for row in evaluated["failures"]["lowest_clip_score"]]
-    assert values == sorted(values) and np.mean(values) == pytest.approx(evaluated["clip_score_self"], abs=1e-5)
+    rest = len(listed) * evaluated["clip_score_self"] - sum(values)  # of the pictures that scored higher
+    assert values == sorted(values) and len(listed) == 12 and rest >= 2 * values[-1]
     assert {row["file"] for row in evaluated["failures"]["most_wrong"]} <= {entry["file"] for entry in listed}
     assert set(evaluated["clip_score_self_by_suite"]) == set(evaluated["by_suite"])
 
