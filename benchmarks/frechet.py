@@ -128,7 +128,7 @@ def summary_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         peer = next(other for other in rows if other["n"] == row["n"] and other["way"].startswith("scipy"))
         case = f"{row['way']}, n {row['n'][0]}, {row['dim']}-d; peer: SciPy's root (pytorch-fid)"
         few = max(row["n"]) <= row["dim"]
-        target = "" if few else "<= 0.0625"
+        target = "" if few else "<= 0.1"
         summary.append(judged(case, row["seconds"], peer["seconds"], "s", target))
         if not few:
             others = [other["distance"] for other in rows if other["n"] == row["n"] and "ours" not in other["way"]]
