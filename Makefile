@@ -82,11 +82,13 @@ lint: setup  ## ruff and the byte compiler over all code
 	@python -m compileall -q $(CODE)
 
 .PHONY: bench
-bench: setup  ## the benchmarks, one after the other, then one table of all; results under benchmarks/results
-	@failed=""; for file in benchmarks/[a-z]*.py; do \
-		echo "== $$file"; python "$$file" || failed="$$failed $$file"; \
+ONLY ?= $(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py))
+bench: setup  ## the benchmarks, one after the other, then one table of all (hours; ONLY="space_moe frechet": those)
+	@failed=""; for name in $(ONLY); do \
+		echo "== $$name"; SECONDS=0; python "benchmarks/$$name.py" || failed="$$failed $$name"; \
+		echo "== $$name took $$SECONDS s"; \
 	done; \
-	echo; python benchmarks/_table.py || failed="$$failed the table"; \
+	echo; python benchmarks/_table.py || failed="$$failed table"; \
 	test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
 .PHONY: lock
