@@ -13,6 +13,7 @@ import contextlib
 import functools
 import os
 import secrets
+import signal
 import socket
 import sys
 import time
@@ -150,6 +151,22 @@ def stop() -> None:
     ray.shutdown()
     end_processes(_marked())
     os.environ.pop(MARK, None)
+
+
+def kill_actors_here(kind: str) -> None:
+    """SIGKILL this driver's actors of that class on this machine: who waits for them is told that they are gone.
+
+    For actors whose handles are Ray's own, as its train controller's, which always runs beside its driver.
+    """
+    from ray import JobID, get_runtime_context
+    from ray._private.state import actors
+
+    here = get_runtime_context()
+    job = JobID.from_hex(here.get_job_id())
+    for actor in actors(job_id=job, actor_state_name="ALIVE").values():
+        if actor["ActorClassName"] == kind and actor["Address"]["NodeID"] == here.get_node_id():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(actor["Pid"], signal.SIGKILL)
 
 
 def end_processes(processes: list[Any], grace_s: float = 5.0) -> None:

@@ -12,9 +12,6 @@ also keeps DDP's buckets fixed from the first step on, without which a resumed r
 
 from __future__ import annotations
 
-import signal
-import sys
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +31,7 @@ from raphael.train.optim import clip_gradients, learning_rate
 from raphael.train.parallel import Replica, prepare
 from raphael.train.saver import Saver
 from raphael.train.state import State
+from raphael.train.stopping import StopRequest
 from raphael.train.watchdog import Watchdog
 from raphael.train.world import World
 
@@ -146,7 +144,7 @@ def train(
     if state.images < loop.num_images:
         say(replica.outlook(state))
 
-    with Saver(home, world) as saver, _StopRequest() as stop, Watchdog(world, hooks.say) as watchdog:
+    with Saver(home, world) as saver, StopRequest() as stop, Watchdog(world, hooks.say) as watchdog:
         while True:
             # Periodic work. At the very image count of a checkpoint it was all done before that was written.
             watchdog.at("between two steps", state.images)
@@ -155,7 +153,7 @@ def train(
             if state.images != resumed_at:
                 if state.summed_steps and (done or _due(loop.log_every_images, state)):
                     faults.check()
-                    stopping = world.any(bool(stop.requested))
+                    stopping = world.any(stop.requested)
                     point = _mean_over_ranks(state, world)
                     point["train/learning_rate"] = learning_rate(state.images, loop)
                     state.history.append({"images": state.images, **point})
@@ -195,7 +193,8 @@ def train(
                 break
             if stopping:
                 saver.wait()
-                stop.leave(say, state.images)
+                say(f"stopped as asked; the checkpoint at {state.images:,} images is where the same command goes on")
+                stop.leave()
             saver.check()
 
             # Step.
@@ -271,36 +270,3 @@ def _share_sums(state: State, world: World) -> None:
     flat = world.sum(torch.cat([state.sums[name].reshape(-1) for name in names])) / world.size
     parts = flat.split([state.sums[name].numel() for name in names])
     state.sums = {name: part.reshape(state.sums[name].shape).clone() for name, part in zip(names, parts, strict=True)}
-
-
-class _StopRequest:
-    """Inside, SIGTERM and Ctrl-C ask the loop to save and leave; a second one ends at once, as outside.
-
-    Signals reach only the main thread: elsewhere (a Ray worker) the one who started the thread has to care.
-    """
-
-    def __init__(self) -> None:
-        self.requested = 0
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> _StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _note(self, number: int, _: object) -> None:
-        self.requested = number
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def leave(self, say: Callable[[str], None], images: int) -> None:
-        say(f"stopped as asked; the checkpoint at {images:,} images is where the same command goes on")
-        if self.requested == signal.SIGINT:
-            raise KeyboardInterrupt
-        sys.exit(143)

@@ -219,6 +219,7 @@ def _replicate(module: nn.Module, world: World) -> nn.Module:
     import warnings
 
     warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
+    warnings.filterwarnings("ignore", message=".*`broadcast_buffers` is deprecated.*")  # its heir is not in torch 2.10
     return nn.parallel.DistributedDataParallel(
         module, find_unused_parameters=True, broadcast_buffers=False, gradient_as_bucket_view=True
     )

@@ -21,14 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raphael.ray_cluster import prepare_environment, reason, start, stop
+from raphael.ray_cluster import kill_actors_here, prepare_environment, reason, start, stop
 from raphael.stage import StageError
+from raphael.train.stopping import ASKED, StopRequest
 
 POLL_S = 0.5
 NODES_POLL_S = 5.0
 PROBE_S = 3.0  # for room that is there, Ray needs well under a second
 START_RETRIES = 5  # of a group whose worker dies while it starts: on a node that is gone, say, before Ray knows it
 RETRY_S = 5.0
+STOP = "stop "  # before a group's token
+LAST_WAIT_S = 20.0  # for the thread in which Ray waits, once what it waits for is gone
 
 
 @dataclass(frozen=True)
@@ -88,29 +91,32 @@ def fit(
     """Run work(job, world) in `cluster.num_workers` processes, to the end. watch: called about twice a second
     meanwhile. say(line): a node is lost, the group changes.
 
-    Ctrl-C, SIGTERM (SystemExit) and exceptions end Ray and all its processes before they go on. Raises StageError with
-    the worker's own line where the training failed, or with what is missing where the cluster has no room.
+    Ctrl-C and SIGTERM ask the workers to save and leave (raphael/train/stopping.py); a second one, and any exception,
+    ends Ray and all its processes before it goes on. Raises StageError with the worker's own line where the training
+    failed, or with what is missing where the cluster has no room.
     """
     workers, failures = cluster.num_workers, 0
     cluster.storage.mkdir(parents=True, exist_ok=True)
     (cluster.storage / "given_up.txt").unlink(missing_ok=True)
-    while True:
-        prepare_environment()
-        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{cluster.placement_timeout_s:g}"
-        group = Group(cluster, workers)
-        try:
-            start(workers, "set train.num_workers to 0 to train in this process")
-            _wait(_trainer(work, job, group), group, watch, say)
-            return
-        except Regroup as change:
-            failures += change.failed
-            if failures > START_RETRIES:
-                raise StageError(change.line) from None
-            say(change.line)
-            workers = change.workers
-        finally:
-            group.end()
-            stop()
+    with StopRequest() as stop_request:
+        while True:
+            prepare_environment()
+            os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{cluster.placement_timeout_s:g}"
+            group = Group(cluster, workers)
+            try:
+                start(workers, "set train.num_workers to 0 to train in this process")
+                stop_request.listen()  # Ray has brought handlers of its own
+                _wait(_trainer(work, job, group), group, watch, say, stop_request)
+                return
+            except Regroup as change:
+                failures += change.failed
+                if failures > START_RETRIES:
+                    raise StageError(change.line) from None
+                say(change.line)
+                workers = change.workers
+            finally:
+                group.end()
+                stop()
 
 
 class Group:
@@ -126,6 +132,11 @@ class Group:
     def end(self) -> None:
         """Workers that are still there, on a node that cannot be reached say, leave when they read it."""
         self.fence.write_text("over", encoding="utf-8")
+
+    def ask_to_stop(self, say: Callable[[str], None]) -> None:
+        """The workers agree to stop at the next point logged."""
+        self.fence.write_text(STOP + self.token, encoding="utf-8")
+        say("asked to stop: the workers save after the next point logged (a second time ends them at once)")
 
     def _newest(self) -> str:
         folder = self.cluster.checkpoints
@@ -222,7 +233,9 @@ def _trainer(work: Callable[[Any, Any], Any], job: Any, group: Group) -> Any:
     )
 
 
-def _wait(trainer: Any, group: Group, watch: Callable[[], None], say: Callable[[str], None]) -> None:
+def _wait(
+    trainer: Any, group: Group, watch: Callable[[], None], say: Callable[[str], None], stop_request: StopRequest
+) -> None:
     """fit() in a thread of its own: in the main thread it would take over Ctrl-C and leave with status 0."""
     failure: list[BaseException] = []
 
@@ -234,23 +247,46 @@ def _wait(trainer: Any, group: Group, watch: Callable[[], None], say: Callable[[
 
     thread = threading.Thread(target=run, name="ray-train-fit", daemon=True)
     thread.start()
-    while thread.is_alive():
-        thread.join(POLL_S)
-        watch()
-        if group.given_up.exists():
-            break
-        group.look(say)
+    asked = False
+    try:
+        while thread.is_alive():
+            thread.join(POLL_S)
+            watch()
+            if group.given_up.exists():
+                break
+            if not stop_request.requested:
+                group.look(say)
+            elif not asked:
+                asked = True
+                group.ask_to_stop(say)
+    finally:
+        _end_waiting(thread)
     if group.given_up.exists():
         raise StageError(group.given_up.read_text(encoding="utf-8"))
+    if stop_request.requested:
+        stop_request.leave()
     if failure:
-        kind = type(getattr(failure[0], "controller_failure", None)).__name__  # Ray's own classes are private
-        if kind == "WorkerGroupStartupTimeoutError":
-            raise group.no_room() from None
-        if kind == "WorkerGroupStartupFailedError":
-            time.sleep(RETRY_S)
-            line = f"a worker did not start ({reason(failure[0])})"
-            raise Regroup(group.workers, line, failed=True) from None
-        raise StageError(reason(failure[0])) from (failure[0] if os.environ.get("RAPHAEL_TRACEBACK") else None)
+        raise _what_follows(failure[0], group) from (failure[0] if os.environ.get("RAPHAEL_TRACEBACK") else None)
+
+
+def _what_follows(failure: BaseException, group: Group) -> Regroup | StageError:
+    kind = type(getattr(failure, "controller_failure", None)).__name__  # Ray's own classes are private
+    if kind == "WorkerGroupStartupTimeoutError":
+        return group.no_room()
+    if kind == "WorkerGroupStartupFailedError":
+        time.sleep(RETRY_S)
+        return Regroup(group.workers, f"a worker did not start ({reason(failure)})", failed=True)
+    return StageError(reason(failure))
+
+
+def _end_waiting(thread: threading.Thread) -> None:
+    """A thread that waits for Ray's answer does so in C++: disconnecting under it is a segmentation fault of ours. So
+    what it waits for has to go first."""
+    deadline_s = time.monotonic() + LAST_WAIT_S
+    while thread.is_alive() and time.monotonic() < deadline_s:
+        with contextlib.suppress(Exception):  # where the cluster is gone, so is the controller
+            kill_actors_here("TrainController")
+        thread.join(POLL_S)
 
 
 def _in_worker(settings: dict[str, Any]) -> None:
@@ -260,13 +296,18 @@ def _in_worker(settings: dict[str, Any]) -> None:
     from raphael.train.loop import World
     from raphael.train.versions import check_versions
 
-    leave_when_over(settings["fence"], settings["token"])
+    follow_fence(settings["fence"], settings["token"])
+    if ASKED.is_set():
+        return
     torch.set_num_threads(settings["threads"])  # Ray gives each worker one
     device = str(ray.train.torch.get_device()) if settings["use_gpu"] else "cpu"
     try:
         world = World.current(device)
         check_versions(world)
         settings["work"](settings["job"], world)
+    except SystemExit:
+        if not ASKED.is_set():
+            raise
     except StageError as error:  # would fail again at every restart: the driver ends it all when it sees this file
         temporary = settings["failure"].with_suffix(f".{os.getpid()}")
         temporary.write_text(str(error), encoding="utf-8")
@@ -274,17 +315,27 @@ def _in_worker(settings: dict[str, Any]) -> None:
         raise
 
 
-def leave_when_over(fence: Path, token: str, period_s: float = 1.0) -> None:
-    """End this process as soon as the file holds another group's token: two groups must not write checkpoints side by
-    side. Ray ends the workers that it can reach; this is for those that it cannot, and for a driver that was killed."""
+def follow_fence(fence: Path, token: str, period_s: float = 1.0) -> None:
+    """Do from now on what the file says that the driver writes: ASKED is set when this group shall save and leave.
+
+    End this process as soon as it holds another group's token: two groups must not write checkpoints side by side. Ray
+    ends the workers that it can reach; this is for those that it cannot, and for a driver that was killed.
+    """
+
+    def look() -> None:
+        with contextlib.suppress(OSError):  # a file system that is slow or away says nothing
+            now = fence.read_text(encoding="utf-8")
+            if now == STOP + token:
+                ASKED.set()
+            elif now and now != token:
+                os._exit(1)
 
     def follow() -> None:
         while True:
             time.sleep(period_s)
-            with contextlib.suppress(OSError):  # a file system that is slow or away says nothing
-                if (now := fence.read_text(encoding="utf-8")) and now != token:
-                    os._exit(1)
+            look()
 
+    look()
     threading.Thread(target=follow, name="raphael-fence", daemon=True).start()
 
 

@@ -144,8 +144,8 @@ def test_a_worker_leaves_when_its_group_is_over(tmp_path):
     fence = tmp_path / "group.txt"
     fence.write_text("mine")
     code = (
-        "import sys, time; from pathlib import Path; from raphael.train.ray_trainer import leave_when_over; "
-        "leave_when_over(Path(sys.argv[1]), 'mine', 0.05); print('in', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from raphael.train.ray_trainer import follow_fence; "
+        "follow_fence(Path(sys.argv[1]), 'mine', 0.05); print('in', flush=True); time.sleep(60)"
     )
     worker = subprocess.Popen([sys.executable, "-c", code, str(fence)], stdout=subprocess.PIPE, cwd=ROOT)
     assert worker.stdout.readline() == b"in\n"

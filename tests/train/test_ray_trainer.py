@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -165,20 +166,55 @@ def test_a_failure_in_a_worker_is_one_line_and_leaves_nothing_behind(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_sigterm_leave_no_process_behind(tmp_path, number):
+def test_a_fit_that_is_broken_off_leaves_no_thread_in_ray_and_another_can_begin(tmp_path):
+    class Stop(Exception):
+        pass
+
+    def watch():
+        if (tmp_path / "checkpoints").exists():
+            raise Stop
+
+    for _ in range(2):
+        with pytest.raises(Stop):
+            fit(
+                ray_toy.work,
+                {"folder": str(tmp_path), "pause_s": 0.2},
+                Cluster(1, False, "off", tmp_path / "ray"),
+                watch,
+            )
+        assert not [thread.name for thread in threading.enumerate() if thread.name == "ray-train-fit"]
+        assert not ray_processes()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("patient", [True, False])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_save_a_second_one_ends_at_once_and_no_process_is_left(tmp_path, number, status, patient):
     code = (
         "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); "
-        f"from truth import ray_toy; ray_toy.main({str(tmp_path)!r})"
+        f"from truth import ray_toy; ray_toy.main({str(tmp_path)!r}, pause_s={0.1 if patient else 2.0})"
     )
-    driver = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 600
-    while not (tmp_path / "checkpoints").exists() and time.monotonic() < deadline:
-        time.sleep(0.5)
+    with open(tmp_path / "said", "wb") as said:
+        driver = subprocess.Popen([sys.executable, "-c", code], stdout=said, stderr=said, start_new_session=True)
+    home, deadline = CheckpointHome(tmp_path / "checkpoints"), time.monotonic() + 600
+    while not home.all() and time.monotonic() < deadline:
+        time.sleep(0.2)
         assert driver.poll() is None
     family = psutil.Process(driver.pid).children(recursive=True)
     assert family
     os.kill(driver.pid, number)
-    assert driver.wait(120) != 0
+    text = (tmp_path / "said").read_text
+    while "asked to stop: the workers save after the next point logged" not in text():
+        time.sleep(0.1)
+        assert time.monotonic() < deadline
+    if not patient:
+        os.kill(driver.pid, number)
+    assert driver.wait(120) == status, text()
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive, [one.cmdline() for one in alive]
+    images = int(home.all()[-1].name)
+    if patient:
+        assert 96 < images < LOOP.num_images and images % LOOP.log_every_images == 0
+    else:
+        assert images == 96  # the last that was due

@@ -149,7 +149,6 @@ def test_one_node_goes_on_alone_and_grows_again_after_a_checkpoint(nodes, tmp_pa
     last = max(row["step"] for row in order(tmp_path) if row["size"] == 1)
     assert 36 <= last < STEPS - 1
     text = "\n".join(said)
-    assert "a node is lost: 1 node with 1 CPU in all; waiting for room for 2 workers, up to 5 s" in text
     assert "no room for 2 workers within 5 s: going on with 1 from the newest checkpoint" in text
     assert "room for 2 workers again: on with them instead of 1" in text
 

@@ -41,10 +41,10 @@ def _die_once(marker: Path, calls: int) -> None:
         os._exit(1)
 
 
-def main(folder: str) -> None:
+def main(folder: str, pause_s: float = 1.0) -> None:
     from raphael.train.ray_trainer import Cluster, fit
 
-    fit(work, {"folder": folder, "pause_s": 1.0}, Cluster(2, False, "toy", Path(folder) / "ray"))
+    fit(work, {"folder": folder, "pause_s": pause_s}, Cluster(2, False, "toy", Path(folder) / "ray"))
 
 
 if __name__ == "__main__":
