@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from select import select
 
+from raphael.ray_cluster import MARK
+
 TICK_S = 1.0
 PATIENCE_S = 20.0  # from SIGTERM to SIGKILL: a training may want to write a checkpoint
 
@@ -38,6 +40,7 @@ class Family:
                     self.members[child.pid, child.create_time()] = child
 
     def alive(self) -> list:
+        """All of them that run, and whoever is in the leader's group."""
         import psutil
 
         living = []
@@ -45,32 +48,35 @@ class Family:
             with contextlib.suppress(psutil.Error):
                 if member.is_running() and member.status() != psutil.STATUS_ZOMBIE:  # is_running compares start times
                     living.append(member)
-        return living
+        return living + [process for process in _group(self.leader) if process not in living]
 
     def end(self, patience_s: float = PATIENCE_S) -> None:
-        """SIGTERM to the group and to who left it, wait, SIGKILL to whoever is left. Returns when nobody is."""
+        """SIGTERM to all but Ray's processes, and to these once they are alone; SIGKILL to whoever is left after a
+        while. Returns when nobody is.
+
+        A training that is asked to stop saves first, and needs its Ray for that; then it ends Ray itself.
+        """
         import psutil
 
-        self.look()
+        asked = []
         try:
-            self._signal(signal.SIGTERM)
             deadline_s = time.monotonic() + patience_s
-            while (self.alive() or _group_alive(self.leader)) and time.monotonic() < deadline_s:
+            while time.monotonic() < deadline_s:
                 self.look()
+                if not (alive := self.alive()):
+                    break
+                for process in [process for process in alive if not _is_rays(process)] or alive:
+                    if process not in asked:
+                        asked.append(process)
+                        _send(process, signal.SIGTERM)
                 time.sleep(0.2)
         finally:  # also when the user presses Ctrl-C again: then there is no more patience
-            self._signal(signal.SIGKILL)
-            psutil.wait_procs(self.alive(), timeout=5)
-
-    def _signal(self, number: int) -> None:
-        import psutil
-
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.leader, number)
-        for member in self.alive():
-            with contextlib.suppress(psutil.Error, ProcessLookupError):
-                if os.getpgid(member.pid) != self.leader:
-                    member.send_signal(number)
+            self.look()
+            left = self.alive()
+            for process in left:
+                _send(process, signal.SIGKILL)
+            # the leader's status is for the one who started it
+            psutil.wait_procs([process for process in left if process.pid != self.leader], timeout=5)
 
 
 def run_group(
@@ -146,11 +152,28 @@ def _channel() -> tuple[int, int]:
     return read_end, write_end
 
 
-def _group_alive(leader: int) -> bool:
+def _group(leader: int) -> list:
     import psutil
 
+    found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, ProcessLookupError):
             if os.getpgid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
-                return True
+                found.append(process)
+    return found
+
+
+def _is_rays(process) -> bool:
+    """Ray's own carry our mark; those that have changed their title have written it over their environment."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        return process.name().startswith("ray::") or MARK in process.environ()
     return False
+
+
+def _send(process, number: int) -> None:
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        process.send_signal(number)

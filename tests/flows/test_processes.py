@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from flows.processes import Family, run_group
+from raphael.ray_cluster import MARK
 
 PROJECT = Path(__file__).resolve().parents[2]
 SLEEPER = (
@@ -65,6 +66,26 @@ def test_a_program_that_ignores_sigterm_is_killed() -> None:
     assert process.stdout is not None and process.stdout.readline()
     Family(process.pid).end(patience_s=0.5)
     assert process.wait(5) == -signal.SIGKILL
+
+
+def test_processes_of_ray_are_left_to_their_driver_and_ended_when_it_is_gone(tmp_path: Path) -> None:
+    file = tmp_path / "said"
+    program = (
+        "import os, signal, subprocess, sys, time\n"
+        "def say(text): print(text, file=open({file!r}, 'a'))\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep({pause}), say({words!r}), sys.exit(0)))\n"
+    )
+    ray = program.format(file=str(file), pause=0, words="ray ends") + "print('up', flush=True); time.sleep(300)"
+    driver = program.format(file=str(file), pause=1, words="driver saved") + (
+        f"subprocess.Popen([sys.executable, '-c', {ray!r}], env={{**os.environ, {MARK!r}: '1'}}); time.sleep(300)"
+    )
+
+    def stop(text: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_group([sys.executable, "-c", driver], Path.cwd(), {**os.environ}, stop)
+    assert file.read_text().split() == ["driver", "saved", "ray", "ends"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
