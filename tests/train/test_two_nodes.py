@@ -170,7 +170,8 @@ def test_without_room_it_ends_with_what_is_missing_and_goes_on_later_to_the_same
     assert fingerprint(tmp_path / "checkpoints") == fingerprint(two_processes)
 
 
-def test_a_node_with_other_sources_is_named_and_nothing_is_lost(nodes, tmp_path, two_processes):
+def test_a_node_with_other_sources_is_named_and_nothing_is_lost(nodes, tmp_path, two_processes, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # Ray lets workers import from the driver's directory first
     package = tmp_path / "other"
     shutil.copytree(ROOT / "raphael", package / "raphael", ignore=shutil.ignore_patterns("__pycache__"))
     with open(package / "raphael/stage.py", "a") as file:
