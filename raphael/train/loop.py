@@ -116,8 +116,9 @@ def train(
     weights. Nothing in it depends on time, rank or restarts.
 
     SIGTERM and Ctrl-C: the step ends, a checkpoint is written, then SystemExit(143) or KeyboardInterrupt. (With several
-    workers they agree at the next point logged.) Raises TrainingError (raphael/train/faults.py), CheckpointError (of
-    other settings, damaged, or no room to write), WorkerLost.
+    workers they agree at the next point logged.) From the notice on that a machine will be taken away (World.preempted),
+    every point logged has a checkpoint. Raises TrainingError (raphael/train/faults.py), CheckpointError (of other
+    settings, damaged, or no room to write), WorkerLost.
     """
     chief = world.rank == 0
     say = hooks.say if chief else _nothing
@@ -149,11 +150,11 @@ def train(
             # Periodic work. At the very image count of a checkpoint it was all done before that was written.
             watchdog.at("between two steps", state.images)
             done = state.images >= loop.num_images or _enough(hooks, state)
-            stopping = stop.requested and world.size == 1
+            stopping, hurried = stop.requested and world.size == 1, False
             if state.images != resumed_at:
                 if state.summed_steps and (done or _due(loop.log_every_images, state)):
                     faults.check()
-                    stopping = world.any(stop.requested)
+                    stopping, hurried = world.any(stop.requested), world.preempted()
                     point = _mean_over_ranks(state, world)
                     point["train/learning_rate"] = learning_rate(state.images, loop)
                     state.history.append({"images": state.images, **point})
@@ -178,7 +179,7 @@ def train(
                     done = done or _enough(hooks, state)
                     if chief and tracker is not None:
                         tracker.log(losses, state.images)
-                if state.images and (done or stopping or _due(loop.checkpoint_every_images, state)):
+                if state.images and (done or stopping or hurried or _due(loop.checkpoint_every_images, state)):
                     faults.check()
                     if state.summed_steps:
                         _share_sums(state, world)

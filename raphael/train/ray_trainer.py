@@ -17,7 +17,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -302,7 +302,7 @@ def _in_worker(settings: dict[str, Any]) -> None:
     torch.set_num_threads(settings["threads"])  # Ray gives each worker one
     device = str(ray.train.torch.get_device()) if settings["use_gpu"] else "cpu"
     try:
-        world = World.current(device)
+        world = replace(World.current(device), preempted=lambda: ray.train.get_preemption_info() is not None)
         check_versions(world)
         settings["work"](settings["job"], world)
     except SystemExit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +18,17 @@ PLAIN = ParallelConfig(
 
 @dataclass(frozen=True)
 class World:
-    """Which worker this is, where it computes, and how the workers share the work."""
+    """Which worker this is, where it computes, and how the workers share the work.
+
+    preempted: whether a worker's machine will soon be taken away. Every rank asks at every point logged, and all get
+    the same answer.
+    """
 
     rank: int = 0
     size: int = 1
     device: str = "cpu"
     parallel: ParallelConfig = PLAIN
+    preempted: Callable[[], bool] = lambda: False
 
     def __post_init__(self) -> None:
         if self.size < 1 or not 0 <= self.rank < self.size:

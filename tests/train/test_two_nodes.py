@@ -111,6 +111,21 @@ def test_a_node_that_is_killed_and_replaced_changes_no_bit(nodes, tmp_path, two_
     assert fingerprint(tmp_path / "checkpoints") == fingerprint(two_processes)
 
 
+def test_a_node_that_will_be_taken_away_makes_every_point_logged_a_checkpoint(nodes, tmp_path, two_processes):
+    home, seen = CheckpointHome(tmp_path / "checkpoints"), []
+
+    def lose():
+        seen.extend(int(path.name) for path in home.all())
+        nodes.kill_second()
+        nodes.add()
+
+    span(tmp_path, {96: nodes.drain_second, 160: lose}, pause_s=0.8)
+    assert 160 in seen and 160 % LOOP.checkpoint_every_images and 160 % LOOP.log_every_images == 0
+    steps = [row["step"] for row in order(tmp_path) if row["node"] == nodes.second.mark]
+    assert min(steps) >= 160 // LOOP.batch_size, "nothing before the last point logged is computed again"
+    assert fingerprint(tmp_path / "checkpoints") == fingerprint(two_processes)
+
+
 def heldout_loss(folder):
     """Of the averaged weights of the newest checkpoint, on samples that nobody trained on."""
     groups, _ = CheckpointHome(folder).newest()

@@ -47,6 +47,7 @@ class Node:
         self.mark = secrets.token_hex(16)
         self.folder = Path(tempfile.mkdtemp(prefix="rr", dir="/tmp"))  # short: names of sockets have 107 characters
         agent, metrics, runtime, http = free_ports(4)
+        self.metrics_port = metrics
         command = [sys.executable, "-c", START, "start", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=1"]
         port = address.split(":")[1]
         command += ["--head", f"--port={port}", "--include-dashboard=false"] if head else [f"--address={address}"]
@@ -137,6 +138,16 @@ class TwoNodes:
 
     def kill_second(self) -> None:
         self.nodes.pop().kill()
+
+    def drain_second(self) -> None:
+        """Say, as a cloud would through Ray's autoscaler, that the second node will be taken away in half a minute."""
+        import ray
+
+        (node,) = [one for one in ray.nodes() if one["Alive"] and one["MetricsExportPort"] == self.second.metrics_port]
+        command = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "drain-node"]
+        command += [f"--address={self.address}", f"--node-id={node['NodeID']}", "--deadline-remaining-seconds=30"]
+        command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=a test"]
+        subprocess.run(command, env=self.second.environment(ROOT), check=True, capture_output=True, timeout=120)
 
     def __exit__(self, *_: object) -> None:
         while self.nodes:
