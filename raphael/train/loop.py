@@ -116,9 +116,11 @@ def train(
     weights. Nothing in it depends on time, rank or restarts.
 
     SIGTERM and Ctrl-C: the step ends, a checkpoint is written, then SystemExit(143) or KeyboardInterrupt. (With several
-    workers they agree at the next point logged.) From the notice on that a machine will be taken (World.preempted) every
-    point logged has a checkpoint. Raises TrainingError (raphael/train/faults.py), CheckpointError (of other
-    settings, damaged, or no room to write), WorkerLost.
+    workers they agree at the next point logged.) From the notice on that a machine will be taken (World.preempted),
+    every point logged has a checkpoint.
+
+    Raises TrainingError (raphael/train/faults.py), CheckpointError (of other settings, damaged, or no room to write),
+    WorkerLost.
     """
     chief = world.rank == 0
     say = hooks.say if chief else _nothing
