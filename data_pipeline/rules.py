@@ -27,12 +27,11 @@ def score_rules(config: FilterConfig, later: Collection[str] = ()) -> list[Rule]
     download, so that a row is not dropped for having none yet."""
     import numpy as np
 
-    def sides(c: Columns) -> tuple[np.ndarray, np.ndarray]:
-        return np.fmin(c[WIDTH], c[HEIGHT]), np.fmax(c[WIDTH], c[HEIGHT])
+    def too_small(c: Columns) -> np.ndarray:
+        return (c[WIDTH] < config.min_side_px) | (c[HEIGHT] < config.min_side_px)
 
-    def too_long(c: Columns) -> np.ndarray:
-        short, long = sides(c)
-        return long > config.max_aspect_ratio * short
+    def too_long(c: Columns) -> np.ndarray:  # with a ratio of 1 or more only the longer side can be too long
+        return (c[WIDTH] > config.max_aspect_ratio * c[HEIGHT]) | (c[HEIGHT] > config.max_aspect_ratio * c[WIDTH])
 
     rules: list[Rule] = []
     if config.missing_score == "drop":
@@ -44,15 +43,17 @@ def score_rules(config: FilterConfig, later: Collection[str] = ()) -> list[Rule]
         ("watermarked", lambda c: c[WATERMARK] >= config.max_watermark),
         ("unsafe", lambda c: c[UNSAFE] >= config.max_unsafe),
         ("caption unlike picture", lambda c: c[SIMILARITY] < config.min_similarity),
-        ("too small", lambda c: sides(c)[0] < config.min_side_px),
+        ("too small", too_small),
         ("too long and narrow", too_long),
     ]
 
 
 def apply(rules: Iterable[Rule], columns: Columns, alive: np.ndarray, dropped: dict[str, int]) -> np.ndarray:
     """The rows still alive after the rules, bool (n,); what each rule drops is added to `dropped` under its reason."""
+    import numpy as np
+
     for reason, marks in rules:
-        hit = alive & marks(columns)
-        dropped[reason] = dropped.get(reason, 0) + int(hit.sum())
-        alive = alive & ~hit
+        left = alive & ~marks(columns)
+        dropped[reason] = dropped.get(reason, 0) + int(np.count_nonzero(alive)) - int(np.count_nonzero(left))
+        alive = left
     return alive

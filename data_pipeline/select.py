@@ -181,7 +181,7 @@ class _Stream:
             ID: pa.array(chosen + self.total),
             URL: texts[URL],
             CAPTION: texts[CAPTION],
-            **{part: pa.array(values[chosen], from_pandas=True) for part, values in numbers.items()},
+            **{part: _nulls_for_nan(values.take(chosen)) for part, values in numbers.items()},
         }
         self.total += rows
         alive = apply(self._link_rules(texts), numbers, np.ones(len(chosen), bool), self.dropped)
@@ -198,7 +198,7 @@ class _Stream:
         if part not in self.columns or self.columns[part] not in batch.schema.names:  # nobody asks, or no row is left
             return pa.nulls(len(chosen), pa.string())
         values = batch.column(batch.schema.get_field_index(self.columns[part]))
-        values = values if len(chosen) == len(batch) else values.take(pa.array(chosen))
+        values = values if len(chosen) == len(batch) else pc.take(values, pa.array(chosen), boundscheck=False)
         try:
             values = pc.cast(values, pa.string())
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
@@ -214,19 +214,22 @@ class _Stream:
             return np.full(len(batch), np.nan)
         values = batch.column(batch.schema.get_field_index(self.columns[part]))
         try:
-            numbers = pc.cast(values, pa.float64()).to_numpy(zero_copy_only=False)
+            numbers = pc.cast(values, pa.float64(), safe=False).to_numpy(zero_copy_only=False)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
             raise StageError(f"{METADATA}: column {self.columns[part]}: got {values.type}, expected numbers") from None
         if part in (WIDTH, HEIGHT):  # a declared size out of int32, or none at all, is no size
-            numbers = np.where((numbers >= 1) & (numbers < 2**31), numbers, np.nan)
+            sane = (numbers >= 1) & (numbers < 2**31)
+            numbers = numbers if sane.all() else np.where(sane, numbers, np.nan)
         return numbers
 
     def _observe(self, numbers: dict[str, np.ndarray]) -> None:
         import numpy as np
 
         for score in SCORES:
-            values = numbers[score][~np.isnan(numbers[score])]
-            self.nulls[score] += len(numbers[score]) - len(values)
+            values = numbers[score]
+            if _has_nan(values):
+                values = values[~np.isnan(values)]
+                self.nulls[score] += len(numbers[score]) - len(values)
             if len(values):
                 self.low[score] = min(self.low.get(score, float("inf")), float(values.min()))
                 self.high[score] = max(self.high.get(score, float("-inf")), float(values.max()))
@@ -234,31 +237,62 @@ class _Stream:
     def _link_rules(self, texts: dict[str, pa.Array]) -> list[Rule]:
         import pyarrow.compute as pc
 
-        select, url, caption = self.config.select, texts[URL], texts[CAPTION]
-        chars = pc.utf8_length(pc.utf8_trim_whitespace(caption))
+        select, url = self.config.select, texts[URL]
+        chars = char_counts(
+            pc.utf8_trim_whitespace(texts[CAPTION]), select.min_caption_chars, select.max_caption_chars
+        )
+        url_chars = char_counts(url, 1, MAX_URL_CHARS)
 
-        def rule(reason: str, drop: pa.Array) -> Rule:
-            mask = drop.fill_null(False).to_numpy(zero_copy_only=False)
-            return reason, lambda _: mask
+        def rule(reason: str, drop: np.ndarray) -> Rule:
+            return reason, lambda _: drop
 
-        in_bounds = pc.less_equal(pc.utf8_length(url), MAX_URL_CHARS)
-        good_url = pc.and_(pc.match_substring_regex(url, URL_PATTERN), in_bounds)
         rules = [
-            rule("no url", pc.or_kleene(pc.is_null(url), pc.equal(url, ""))),
-            rule("bad url", pc.invert(good_url)),
-            rule("no caption", pc.or_kleene(pc.is_null(caption), pc.equal(chars, 0))),
-            rule("caption too short", pc.less(chars, select.min_caption_chars)),
-            rule("caption too long", pc.greater(chars, select.max_caption_chars)),
+            rule("no url", url_chars == 0),
+            rule("bad url", ~(_as_bools(pc.match_substring_regex(url, URL_PATTERN)) & (url_chars <= MAX_URL_CHARS))),
+            rule("no caption", chars == 0),
+            rule("caption too short", chars < select.min_caption_chars),
+            rule("caption too long", chars > select.max_caption_chars),
         ]
         if select.languages:
             import pyarrow as pa
 
             spoken = pc.is_in(texts[LANGUAGE], value_set=pa.array(select.languages, pa.string()))
-            rules.append(rule("other language", pc.invert(spoken)))
+            rules.append(rule("other language", ~_as_bools(spoken)))
         if self.opt_out:
-            marks = self.opt_out.marks(texts[URL].to_pylist(), texts[MD5].to_pylist())
-            rules.append(("opted out", lambda _: marks))
+            rules.append(rule("opted out", self.opt_out.marks(url.to_pylist(), texts[MD5].to_pylist())))
         return rules
+
+
+def char_counts(texts: pa.Array, low: int, high: int) -> np.ndarray:
+    """Characters of each text, int32 (n,), as far as `low` and `high` ask: exact outside of [low, high], within it
+    perhaps the bytes instead. A null has none.
+
+    UTF-8 takes one to four bytes a character, so few texts have to be gone through.
+    """
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    counts = pc.fill_null(pc.binary_length(texts), 0).to_numpy()
+    unsure = np.flatnonzero((counts < 4 * low) | (counts > high))
+    if len(unsure):
+        counts = counts.copy()
+        counts[unsure] = pc.fill_null(pc.utf8_length(texts.take(pa.array(unsure))), 0).to_numpy()
+    return counts
+
+
+def _as_bools(mask: pa.Array) -> np.ndarray:
+    return mask.fill_null(False).to_numpy(zero_copy_only=False)
+
+
+def _has_nan(values: np.ndarray) -> bool:
+    return bool(len(values)) and bool(values.min() != values.min())  # of a NaN and anything the least is NaN
+
+
+def _nulls_for_nan(values: np.ndarray) -> pa.Array:
+    import pyarrow as pa
+
+    return pa.array(values, from_pandas=_has_nan(values))
 
 
 def _without_duplicates(work: Path, partitions: UrlPartitions, stream: _Stream) -> int:
