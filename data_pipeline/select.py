@@ -116,7 +116,7 @@ def _judge_all(read: Iterable[pa.RecordBatch], stream: _Stream, later: Behind, b
 
 
 def link_writer(path: Path) -> GroupWriter:
-    return GroupWriter(path, link_schema(), dictionary=[WIDTH, HEIGHT])
+    return GroupWriter(path, link_schema(), integers=[ID, WIDTH, HEIGHT])
 
 
 def _candidates(path: Path):
@@ -203,7 +203,7 @@ class _Stream:
             values = pc.cast(values, pa.string())
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
             raise StageError(f"{METADATA}: column {self.columns[part]}: got {values.type}, expected text") from None
-        return pc.utf8_trim_whitespace(values) if part == URL else values
+        return pc.utf8_trim_whitespace(values) if part == URL and may_have_space(values).any() else values
 
     def _number(self, batch: pa.RecordBatch, part: str) -> np.ndarray:
         import numpy as np
@@ -238,9 +238,7 @@ class _Stream:
         import pyarrow.compute as pc
 
         select, url = self.config.select, texts[URL]
-        chars = char_counts(
-            pc.utf8_trim_whitespace(texts[CAPTION]), select.min_caption_chars, select.max_caption_chars
-        )
+        chars = char_counts(texts[CAPTION], select.min_caption_chars, select.max_caption_chars)
         url_chars = char_counts(url, 1, MAX_URL_CHARS)
 
         def rule(reason: str, drop: np.ndarray) -> Rule:
@@ -264,8 +262,8 @@ class _Stream:
 
 
 def char_counts(texts: pa.Array, low: int, high: int) -> np.ndarray:
-    """Characters of each text, int32 (n,), as far as `low` and `high` ask: exact outside of [low, high], within it
-    perhaps the bytes instead. A null has none.
+    """Characters of each text without white space around it, int32 (n,), as far as `low` and `high` ask: exact
+    outside of [low, high], within it perhaps the bytes instead. A null has none.
 
     UTF-8 takes one to four bytes a character, so few texts have to be gone through.
     """
@@ -274,11 +272,27 @@ def char_counts(texts: pa.Array, low: int, high: int) -> np.ndarray:
     import pyarrow.compute as pc
 
     counts = pc.fill_null(pc.binary_length(texts), 0).to_numpy()
-    unsure = np.flatnonzero((counts < 4 * low) | (counts > high))
+    unsure = np.flatnonzero((counts < 4 * low) | (counts > high) | may_have_space(texts))
     if len(unsure):
+        exact = pc.utf8_length(pc.utf8_trim_whitespace(texts.take(pa.array(unsure))))
         counts = counts.copy()
-        counts[unsure] = pc.fill_null(pc.utf8_length(texts.take(pa.array(unsure))), 0).to_numpy()
+        counts[unsure] = pc.fill_null(exact, 0).to_numpy()
     return counts
+
+
+def may_have_space(texts: pa.Array) -> np.ndarray:
+    """Where a text may begin or end with white space, bool (n,): its first or last byte is no visible ASCII. Texts
+    that are empty or null, which have neither, may be marked too."""
+    import numpy as np
+
+    _, offsets, content = texts.buffers()
+    if content is None or not content.size:
+        return np.zeros(len(texts), bool)
+    ends = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1]
+    data = np.frombuffer(content, np.uint8)
+    first = data.take(ends[:-1], mode="clip")
+    last = data.take(ends[1:] - 1, mode="clip")
+    return (first - np.uint8(33) > 94) | (last - np.uint8(33) > 94)  # of uint8, 32 - 33 is 255
 
 
 def _as_bools(mask: pa.Array) -> np.ndarray:
