@@ -35,6 +35,7 @@ from data_pipeline.schema import (
     find_columns,
 )
 from data_pipeline.tables import Behind, GroupWriter, Statistics, ahead, batches, open_parquet
+from data_pipeline.texts import are_urls, char_counts, may_have_space
 from raphael.stage import Progress, Stage, StageError, main
 
 if TYPE_CHECKING:
@@ -47,8 +48,6 @@ METADATA = Path("data/source/metadata.parquet")
 LINKS = Path("data/selected/links.parquet")
 
 MAX_URL_CHARS = 8000
-# Scheme and host only; the gateway judges the rest when it knows where the name leads.
-URL_PATTERN = r"(?i)^https?://[^\s/?#\\@]+([/?#]|$)"
 
 
 def run(config: Config, stage: Stage) -> None:
@@ -130,7 +129,8 @@ def link_schema() -> pa.Schema:
     import pyarrow as pa
 
     types = {ID: pa.int64(), URL: pa.string(), CAPTION: pa.string(), WIDTH: pa.int32(), HEIGHT: pa.int32()}
-    return pa.schema([(name, types.get(name, pa.float64())) for name in LINK_COLUMNS])
+    always = (ID, URL, CAPTION)
+    return pa.schema([pa.field(name, types.get(name, pa.float64()), name not in always) for name in LINK_COLUMNS])
 
 
 class _Stream:
@@ -246,7 +246,7 @@ class _Stream:
 
         rules = [
             rule("no url", url_chars == 0),
-            rule("bad url", ~(_as_bools(pc.match_substring_regex(url, URL_PATTERN)) & (url_chars <= MAX_URL_CHARS))),
+            rule("bad url", ~are_urls(url) | (url_chars > MAX_URL_CHARS)),
             rule("no caption", chars == 0),
             rule("caption too short", chars < select.min_caption_chars),
             rule("caption too long", chars > select.max_caption_chars),
@@ -255,48 +255,10 @@ class _Stream:
             import pyarrow as pa
 
             spoken = pc.is_in(texts[LANGUAGE], value_set=pa.array(select.languages, pa.string()))
-            rules.append(rule("other language", ~_as_bools(spoken)))
+            rules.append(rule("other language", ~spoken.to_numpy(zero_copy_only=False)))
         if self.opt_out:
             rules.append(rule("opted out", self.opt_out.marks(url.to_pylist(), texts[MD5].to_pylist())))
         return rules
-
-
-def char_counts(texts: pa.Array, low: int, high: int) -> np.ndarray:
-    """Characters of each text without white space around it, int32 (n,), as far as `low` and `high` ask: exact
-    outside of [low, high], within it perhaps the bytes instead. A null has none.
-
-    UTF-8 takes one to four bytes a character, so few texts have to be gone through.
-    """
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    counts = pc.fill_null(pc.binary_length(texts), 0).to_numpy()
-    unsure = np.flatnonzero((counts < 4 * low) | (counts > high) | may_have_space(texts))
-    if len(unsure):
-        exact = pc.utf8_length(pc.utf8_trim_whitespace(texts.take(pa.array(unsure))))
-        counts = counts.copy()
-        counts[unsure] = pc.fill_null(exact, 0).to_numpy()
-    return counts
-
-
-def may_have_space(texts: pa.Array) -> np.ndarray:
-    """Where a text may begin or end with white space, bool (n,): its first or last byte is no visible ASCII. Texts
-    that are empty or null, which have neither, may be marked too."""
-    import numpy as np
-
-    _, offsets, content = texts.buffers()
-    if content is None or not content.size:
-        return np.zeros(len(texts), bool)
-    ends = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1]
-    data = np.frombuffer(content, np.uint8)
-    first = data.take(ends[:-1], mode="clip")
-    last = data.take(ends[1:] - 1, mode="clip")
-    return (first - np.uint8(33) > 94) | (last - np.uint8(33) > 94)  # of uint8, 32 - 33 is 255
-
-
-def _as_bools(mask: pa.Array) -> np.ndarray:
-    return mask.fill_null(False).to_numpy(zero_copy_only=False)
 
 
 def _has_nan(values: np.ndarray) -> bool:
