@@ -34,7 +34,7 @@ from data_pipeline.schema import (
     Columns,
     find_columns,
 )
-from data_pipeline.tables import Behind, GroupWriter, Statistics, ahead, batches, open_parquet
+from data_pipeline.tables import Behind, GroupWriter, Statistics, ahead, batches, keep_freed_memory, open_parquet
 from data_pipeline.texts import are_urls, char_counts, may_have_space
 from raphael.stage import Progress, Stage, StageError, main
 
@@ -51,6 +51,7 @@ MAX_URL_CHARS = 8000
 
 
 def run(config: Config, stage: Stage) -> None:
+    keep_freed_memory()
     file = open_parquet(METADATA)
     try:
         columns = find_columns(file.schema_arrow.names)
