@@ -179,6 +179,8 @@ def test_one_row_group_of_a_whole_file_is_not_held_in_memory(config, tmp_path, m
 
 MANY = """
 import dataclasses, json, resource, sys
+from data_pipeline.tables import keep_freed_memory
+keep_freed_memory()
 import pandas, pyarrow.parquet as pq
 from data_pipeline import select
 from raphael.config import load_config
