@@ -234,10 +234,11 @@ def main() -> None:
     parser.add_argument(
         "--polars-python", metavar="PATH", help="a Python that has polars (default: this one, if it has)"
     )
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS), help="beside polars")
     parser.add_argument("--quick", action="store_true", help="50,000 rows, once; nothing is kept")
     arguments = parser.parse_args()
     rows, repeats = (50_000, 1) if arguments.quick else (arguments.rows, arguments.repeats)
-    peers = [name for name in PEERS if importlib.util.find_spec(name)]
+    peers = [name for name in arguments.peers if importlib.util.find_spec(name)]
     python = arguments.polars_python or (sys.executable if importlib.util.find_spec("polars") else None)
     if not python:
         print("polars is not installed and --polars-python names none: pyarrow and pandas are the peers")
