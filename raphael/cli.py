@@ -81,7 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _generate_command(commands: argparse._SubParsersAction) -> None:
     command = _command(commands, "generate", "draw pictures for a prompt", _generate)
-    command.add_argument("prompt", nargs="+", help="one or several prompts, each in quotes")
+    command.add_argument("prompt", nargs="*", help="one or several prompts, each in quotes")
+    command.add_argument("--prompts", type=Path, help="instead: a file of `raphael prompts`, or one prompt a line")
     command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     command.add_argument("--steps", type=int, default=30, help="denoising steps (default: %(default)s)")
     command.add_argument("--guidance-scale", type=float, default=4.0, help="1: none (default: %(default)s)")
@@ -207,10 +208,17 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
+    from raphael.generate.draw_file import draw_file, drawn_with
     from raphael.generate.pipeline import RaphaelPipeline
 
     if arguments.num_images < 1:
         raise StageError(f"--num-images: got {arguments.num_images}, expected at least 1")
+    if bool(arguments.prompt) == bool(arguments.prompts):
+        got = "both" if arguments.prompt else "neither"
+        raise StageError(f"got {got}, expected prompts, each in quotes, or a file of them with --prompts")
+    if arguments.prompts:
+        print(draw_file(arguments))
+        return
     pipeline = RaphaelPipeline.from_pretrained(arguments.checkpoint)
     pipeline.sampler, pipeline.batch_size = arguments.sampler, arguments.batch_size
     pipeline.threshold, pipeline.threshold_bound = arguments.threshold, arguments.threshold_bound
@@ -235,19 +243,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         name = f"{index:05d}.png"
         image.save(arguments.out / name)
         entries.append({"file": name, "prompt": arguments.prompt[index // arguments.num_images], "index": index})
-    settings = {
-        "seed": arguments.seed,
-        "steps": arguments.steps,
-        "guidance_scale": arguments.guidance_scale,
-        "sampler": arguments.sampler,
-        "eta": arguments.eta,
-        "guidance_interval": arguments.guidance_interval,
-        "threshold": arguments.threshold,
-        "threshold_percentile": arguments.threshold_percentile,
-        "threshold_bound": arguments.threshold_bound,
-        "negative_prompt": arguments.negative_prompt,
-        "size_px": [result.images[0].height, result.images[0].width],
-    }
+    settings = drawn_with(arguments, (result.images[0].height, result.images[0].width))
     write_json(arguments.out / "images.json", {"model": pipeline.identity, "settings": settings, "images": entries})
     if arguments.show_edges:
         _write_sheets(result, entries, arguments.out / "inside")
@@ -318,7 +314,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         return
     if arguments.reference or arguments.features or arguments.workers != 1 or arguments.ray:
         raise StageError(
-            "evaluate: got --reference, --features, --workers or --ray without --images, expected a folder of pictures"
+            "got --reference, --features, --workers or --ray without --images, expected a folder of pictures with them"
         )
 
     for module in ("raphael.evaluate", "raphael.evaluate.report"):

@@ -339,3 +339,60 @@ def test_help_answers_without_loading_torch(module):
     subprocess.run(
         [sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, cwd=write_pipeline.__globals__["ROOT"]
     )
+
+
+def test_a_file_of_prompts_is_drawn_as_one_call_would_and_goes_on_where_it_was_killed(folder, tmp_path, capsys):
+    from raphael.cli import main
+    from raphael.generate import jobs
+    from raphael.stage import write_json
+
+    listed = [{"prompt": f"thing {i}", "suite": "s", "truth": None, "reference": f"r{i}"} for i in range(3)]
+    write_json(tmp_path / "list.json", {"protocol": "p/v1", "prompts": [*listed, {"prompt": "own seed", "seed": 9}]})
+    options = ["--checkpoint", str(folder), "--steps", "1", "--seed", "4", "--num-images", "2", "--batch-size", "4"]
+    command = ["generate", "--prompts", str(tmp_path / "list.json"), *options, "--out"]
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    assert "8 pictures of 4 prompts" in capsys.readouterr().out
+    listing = json.loads((tmp_path / "whole" / "images.json").read_text())
+    assert [entry["index"] for entry in listing["images"]] == list(range(8))
+    assert [entry.get("reference") for entry in listing["images"]] == ["r0", "r0", "r1", "r1", "r2", "r2", None, None]
+    assert listing["settings"]["seed"] == 4 and listing["model"]
+    drawn = {path.name: path.read_bytes() for path in (tmp_path / "whole").glob("*.png")}
+    assert drawn["00006.png"] == drawn["00007.png"], "both have the prompt's own seed"
+
+    assert main(["generate", *(entry["prompt"] for entry in listed), *options, "--out", str(tmp_path / "line")]) == 0
+    for index in range(4):  # of the first batch, which is the same in both calls
+        assert (tmp_path / "line" / f"{index:05d}.png").read_bytes() == drawn[f"{index:05d}.png"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        draw = jobs.draw_jobs
+        patch.setattr(jobs, "draw_jobs", lambda *a: (draw(*a), (_ for _ in ()).throw(KeyboardInterrupt))[0])
+        assert main([*command, str(tmp_path / "killed")]) == 130
+    assert len(list((tmp_path / "killed").glob("*.png"))) == 4
+    assert main([*command, str(tmp_path / "killed")]) == 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "killed").glob("*.png")} == drawn
+    capsys.readouterr()
+    assert main([*command, str(tmp_path / "killed"), "--steps", "2"]) == 1
+    assert "holds other pictures" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "says"),
+    [
+        ("", [], "got no prompts"),
+        ("{", [], "not readable as prompts"),
+        ('{"prompts": [{"text": "a"}]}', [], "not readable as prompts (KeyError)"),
+        ('{"prompts": [{"prompt": "a"}]}', ["a star"], "got both, expected prompts"),
+        ('{"prompts": [{"prompt": "a"}]}', ["--show-edges"], "--show-edges: got it with --prompts"),
+    ],
+)
+def test_a_file_that_holds_no_prompts_is_one_clear_line(tmp_path, capsys, content, arguments, says):
+    from raphael.cli import main
+
+    file = tmp_path / ("list.json" if content else "list.txt")
+    file.write_text(content, encoding="utf-8")
+    assert main(["generate", *arguments, "--prompts", str(file), "--out", str(tmp_path / "out")]) == 1
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1 and says in errors[0]
+    assert main(["generate", "--out", str(tmp_path / "out")]) == 1
+    assert "got neither" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
