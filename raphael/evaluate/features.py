@@ -63,9 +63,10 @@ def inception_space(weights: str, key: str = "evaluate.fid_inception_weights") -
     import torch
 
     if not Path(weights).is_file():
+        instead = ', or "" for the Frechet distance of the CLIP' if "." in key else ""
         raise StageError(
             f"{key}: {weights}: no such file; expected torch-fidelity's {INCEPTION_FILE}: where there is a network, "
-            f'fetch {INCEPTION_FROM} and put it there, or "" for the Frechet distance of the CLIP'
+            f"fetch {INCEPTION_FROM} and put it there{instead}"
         )
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 

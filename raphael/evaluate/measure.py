@@ -216,12 +216,24 @@ def table(report: dict[str, Any]) -> str:
     if report["reference"]:
         sizes += f" against {report['reference']['n']:,}"
     lines = [f"{report['protocol']}: {sizes}; {settings}"]
-    width = max(len(number["name"]) for number in report["numbers"])
-    for number in report["numbers"]:
-        line = f"  {number['name']:<{width}}  {number['value']:>12.6g}"
-        if "low" in number:
-            line += f"  [{number['low']:.4g}, {number['high']:.4g}]"
-        lines.append(f"{line}  {number['network'][:12]}")
+    cells = [
+        (
+            number["name"],
+            f"{number['value']:.6g}",
+            f"[{number['low']:.4g}, {number['high']:.4g}]" if "low" in number else "",
+            f"chance {number['chance']:.3g}" if number.get("chance") is not None else "",
+            number["network"][:12],
+        )
+        for number in report["numbers"]
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        text = (
+            f"{cell:>{width}}" if place == 1 else f"{cell:<{width}}"
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+            if width
+        )
+        lines.append(f"  {'  '.join(text)}".rstrip())
     lines += [f"  {name}: not measured: {why}" for name, why in report["absent"].items()]
     return "\n".join(lines)
 

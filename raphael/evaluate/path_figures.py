@@ -81,9 +81,8 @@ def accuracy_chart(file: Path, kinds: dict[str, Any]) -> None:
     for row, found in enumerate(kinds.values()):
         others = [part["accuracy"] for part in found["untrained"]]
         axes.plot([0, 1], [row, row], color=LINE, lw=1, zorder=0)
-        axes.plot(
-            others, [row] * len(others), "o", ms=6, mfc="none", mec=SOFT, label="untrained gates" if not row else None
-        )
+        rings = {"ms": 6, "mfc": "none", "mec": INK, "zorder": 3}  # above the trained dot, or one that is equal is lost
+        axes.plot(others, [row] * len(others), "o", label="untrained gates" if not row else None, **rings)
         label = "trained" if not row else None
         axes.plot([found["trained"]["accuracy"]], [row], "o", ms=8, color=ACCENT, label=label)
         axes.plot([found["chance"]] * 2, [row - 0.2, row + 0.2], color=INK, lw=1.4, label="chance" if not row else None)

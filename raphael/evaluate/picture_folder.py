@@ -59,7 +59,9 @@ class PictureFolder:
         else:
             files = tuple(sorted(path for path in folder.iterdir() if path.suffix.lower() in endings))
         if not files:
-            raise StageError(f"{folder}: got no pictures, expected files that end in {', '.join(endings)}")
+            others = sorted({path.suffix.lower() for path in folder.iterdir() if path.suffix.lower() in ENDINGS})
+            found = f" (there are {', '.join(others)}: write them as one of these)" if others else ""
+            raise StageError(f"{folder}: got no pictures, expected files that end in {', '.join(endings)}{found}")
         foreign = [path.name for path in files if path.suffix.lower() not in endings]
         if foreign:
             raise StageError(f"{folder / foreign[0]}: the protocol takes {', '.join(endings)}; write it as such")

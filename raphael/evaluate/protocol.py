@@ -13,6 +13,7 @@ from raphael.strict import ConfigError, Range, load, read_yaml
 
 FOLDER = Path(__file__).parent / "protocols"
 Metric = Literal["frechet", "kid", "precision_recall", "density_coverage", "cmmd", "clip_score", "scenes"]
+DRAW_LIST = "raphael prompts --protocol {} --source FILE --out P.json, raphael generate --prompts P.json --out ..."
 AGAINST_REFERENCE = {"frechet", "kid", "precision_recall", "density_coverage", "cmmd"}
 
 
@@ -105,10 +106,11 @@ class Protocol:
             raise StageError(f"{self.identity}: got {drawn:,} pictures, expected exactly {self.captions.count:,}")
         for what, got, least in (("pictures", drawn, self.min_images), ("references", reference, self.min_reference)):
             if got < least:
-                raise StageError(
-                    f"{self.identity}: got {got:,} {what}, expected at least {least:,}; distances of few pictures are "
-                    "not comparable: draw more, or take a protocol for fewer (fid-5k/v1, pair-debug/v1)"
-                )
+                advice = "distances of few pictures are not comparable: draw more, or take a protocol for fewer "
+                advice += "(fid-5k/v1, pair-debug/v1)"
+                if not self.needs_reference and self.captions.kind in ("table", "product"):
+                    advice = f"draw all of its prompts: {DRAW_LIST.format(self.identity)}"
+                raise StageError(f"{self.identity}: got {got:,} {what}, expected at least {least:,}; {advice}")
 
 
 def protocol_names() -> list[str]:

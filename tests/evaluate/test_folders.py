@@ -193,7 +193,12 @@ def truncated(folder):
         (
             lambda a, b: None,
             ("--features", "inception:/nowhere.pth"),
-            "/nowhere.pth: no such file.*fetch https://github",
+            "/nowhere.pth: no such file.*fetch https://github.* and put it there$",
+        ),
+        (
+            lambda a, b: [path.rename(path.with_suffix(".jpg")) for path in a.iterdir()],
+            ("--protocol", "fid-5k/v1"),
+            r"got no pictures, expected files that end in .png \(there are .jpg: write them as one of these\)",
         ),
         (lambda a, b: None, ("--features", "taesd:/nowhere"), "taef2_encoder.pth"),
         (lambda a, b: None, ("--features", "/nowhere"), "--features: CLIP: got '/nowhere'"),
@@ -211,6 +216,27 @@ def test_what_cannot_be_compared_is_one_clear_line(tmp_path, clip_folder, capsys
     errors = [line for line in captured.err.splitlines() if "error:" in line]
     assert len(errors) == bool(says) and (not says or re.search(says, errors[0])), captured.err
     assert (tmp_path / "out.json").exists() == (not says)
+
+
+def test_too_few_pictures_of_a_prompt_list_say_how_to_draw_it():
+    from raphael.evaluate.protocol import load_protocol
+
+    with pytest.raises(StageError, match="got 4 pictures, expected at least 200; draw all of .*raphael generate"):
+        load_protocol("drawbench/v1").check_counts(4, 0)
+    with pytest.raises(StageError, match="distances of few pictures.*pair-debug/v1"):
+        load_protocol("fid-5k/v1").check_counts(4, 40_504)
+
+
+def test_the_printed_table_stands_in_columns_with_interval_and_chance():
+    from raphael.evaluate.measure import table
+
+    long = {"name": "background_colour_accuracy", "value": 0.995, "low": 0.9722, "high": 0.9991, "chance": 0.1}
+    numbers = [long | {"network": "scene_reader"}, {"name": "kid", "value": -1e-5, "network": "0123456789abcdef"}]
+    report = {"protocol": "p/v1", "images": {"n": 1200}, "reference": None, "settings": {"steps": None}}
+    lines = table(report | {"numbers": numbers, "absent": {"cmmd": "no CLIP"}}).splitlines()
+    assert lines[0] == "p/v1: 1,200 pictures; steps ?" and lines[3] == "  cmmd: not measured: no CLIP"
+    assert lines[1] == "  background_colour_accuracy   0.995  [0.9722, 0.9991]  chance 0.1  scene_reader"
+    assert lines[2] == "  kid                         -1e-05                                0123456789ab"
 
 
 def test_a_protocol_of_one_size_refuses_a_picture_of_another(tmp_path):
