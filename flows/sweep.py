@@ -58,11 +58,11 @@ def run(root: Path, plan: Plan, say: Callable[..., None] = lambda *words: None) 
     measure = Measure(config, root, home, model, chosen_prompts(plan, root / plan.prompts))
     sweeper = Sweeper(config, home, measure, plan.keep_pictures)
     trained = [Trained.read(folder) for folder in workspaces_of(plan, root)]
-    runs = SweepRuns(config, root, home / "runs.json", plan, model.sha256)
+    runs = SweepRuns(config, root, home / "runs.json", plan, model)
 
     def draw(point: Point) -> dict[str, Any]:
         before, result = sweeper.drawn, sweeper(point)
-        runs.log(point, sweeper.result_file(point).stem, result)
+        runs.log(point, sweeper.result_file(point).stem, result, sweeper.grid_file(point))
         shown = {name: result["metrics"][name] for name in (result["distance"], result["score"])}
         say("%s: %s, %d pictures drawn", point.name, shown, sweeper.drawn - before)
         return result
@@ -86,7 +86,7 @@ def facts_of(plan: Plan, model: Model, config: Config) -> dict[str, Any]:
     return {
         "about": plan.about,
         "plan": plan.sha256,
-        "model": model.sha256[:16],
+        "model": model.checkpoint[:16],
         "mask_threshold": model.mask_threshold,
         "seeds": list(plan.seeds),
         "settings": {name: settings[name] for name in (*MEASURED_WITH, "guidance_scale", "precision")},

@@ -57,6 +57,7 @@ class Model:
     sha256: str  # of everything that draws: network, autoencoder, text encoder
     unet: dict[str, Any]
     size_px: tuple[int, int]  # height, width of its pictures
+    checkpoint: str = ""  # sha256 of the network alone: the name that images.json, reports and MLflow know it by
 
     @property
     def mask_threshold(self) -> float:
@@ -71,7 +72,7 @@ class Model:
             raise StageError(
                 f"{folder}: no such folder; expected a trained pipeline (run the stage train, or dvc pull)"
             )
-        lines = [checkpoint_sha256(folder)]
+        lines = [checkpoint := checkpoint_sha256(folder)]
         for part in ("autoencoder", "text_encoder"):
             files = sorted(path for path in (folder / part).rglob("*") if path.is_file())
             lines += [f"{path.relative_to(folder)} {file_sha256(path)}" for path in files]
@@ -79,7 +80,7 @@ class Model:
         from raphael.generate.pipeline import drawn_size
 
         meta = read_json(folder / META)
-        return cls(folder, sha256, meta["unet"], drawn_size(meta["picture"]))
+        return cls(folder, sha256, meta["unet"], drawn_size(meta["picture"]), checkpoint)
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Point:
     @property
     def name(self) -> str:
         guidance, seed = self.generate.guidance_scale, self.generate.seed
-        return f"{self.model.sha256[:6]}-guidance{guidance:g}-alpha{self.mask_threshold:g}-seed{seed}"
+        return f"{self.model.checkpoint[:6]}-guidance{guidance:g}-alpha{self.mask_threshold:g}-seed{seed}"
 
     def key(self, measured_by: str) -> str:
         """What the result depends on: weights, settings, seed, and prompts and measure (`measured_by`, their hash)."""

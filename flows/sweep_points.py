@@ -1,6 +1,7 @@
 """Drawing and measuring the points of a sweep. A point's result is a JSON file named by a hash of all it depends on.
 
     <home>/points/<key>.json        the result; while it is there nothing is drawn again
+    <home>/grids/<key>.png          the first pictures, for MLflow
     <home>/points/<key>/pictures/   unfinished pictures, each whole or absent; removed with the result written
     <home>/reference/<key>.npy      features of the training pictures that distances are to
 
@@ -24,6 +25,7 @@ import numpy as np
 from flows.sweep_plan import Model, Point
 from raphael.config import Config
 from raphael.evaluate.features import FeatureSpace
+from raphael.evaluate.findings import GRID_PICTURES, first_pictures
 from raphael.evaluate.frechet import Features
 from raphael.evaluate.picture_folder import Preparation, read_picture
 from raphael.stage import file_sha256, read_json, write_json
@@ -158,6 +160,9 @@ class Sweeper:
     def result_file(self, point: Point) -> Path:
         return self.home / "points" / f"{point.key(self.measure.identity)}.json"
 
+    def grid_file(self, point: Point) -> Path:
+        return self.home / "grids" / self.result_file(point).with_suffix(".png").name
+
     def __call__(self, point: Point) -> dict[str, Any]:
         """The point's result, read or made."""
         file = self.result_file(point)
@@ -170,6 +175,9 @@ class Sweeper:
     def _make(self, point: Point, folder: Path) -> dict[str, Any]:
         files = self._draw(point, folder)
         result = self.measure(lambda: (read_picture(file, AS_IT_IS) for file in files))
+        grid = self.grid_file(point)
+        grid.parent.mkdir(parents=True, exist_ok=True)
+        first_pictures([read_picture(file, AS_IT_IS) for file in files[:GRID_PICTURES]]).save(grid)
         return {
             "model": point.model.sha256[:16],
             "mask_threshold": point.mask_threshold,

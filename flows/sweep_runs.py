@@ -10,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flows.sweep_plan import Plan, Point
+from flows.sweep_plan import Model, Plan, Point
 from raphael import tracking
 from raphael.config import Config
+from raphael.evaluate.findings import GRID
 from raphael.stage import read_json, write_json
 from raphael.strict import to_dict
 
@@ -20,15 +21,15 @@ from raphael.strict import to_dict
 class SweepRuns:
     """The parent's run and its children's. parent None: nobody answered, and nothing is tracked."""
 
-    def __init__(self, config: Config, root: Path, file: Path, plan: Plan, model: str):
+    def __init__(self, config: Config, root: Path, file: Path, plan: Plan, model: Model):
         self.config, self.root, self.file = config, root, file
         self.uri = tracking.resolve_uri(config, root)
         known = read_json(file) if file.exists() else {}
-        same = known.get("plan") == plan.sha256 and known.get("model") == model
+        same = known.get("plan") == plan.sha256 and known.get("model") == model.sha256
         if same and known["uri"] == tracking.public(self.uri) and tracking.reopen_run(self.uri, known["run_id"]):
             self.parent, self.children = known["run_id"], known["children"]
             return
-        facts = {"sweep": {**to_dict(plan), "sha256": plan.sha256}, "model_sha256": model}
+        facts = {"sweep": {**to_dict(plan), "sha256": plan.sha256}, "model_sha256": model.checkpoint}
         self.parent = tracking.create_run(config, root, f"sweep-{plan.sha256[:8]}", facts)
         self.children: dict[str, str] = {}
         if self.parent is not None:
@@ -36,21 +37,26 @@ class SweepRuns:
             if (trained := trained_by(root, root / plan.checkpoint, self.uri)) is not None:
                 tags["mlflow.parentRunId"] = trained
             self._tag(self.parent, tags)
-            self._write(plan.sha256, model)
+            self._write(plan.sha256, model.sha256)
 
-    def log(self, point: Point, key: str, result: dict[str, Any]) -> None:
-        """The point's run under the parent, once: settings as params, numbers under an evaluation's keys."""
+    def log(self, point: Point, key: str, result: dict[str, Any], grid: Path) -> None:
+        """The point's run under the parent, once: settings as params, numbers and grid under an evaluation's keys."""
         if self.parent is None or key in self.children:
             return
+        from PIL import Image
+
         config = replace(self.config, generate=point.generate)
         run_id = tracking.create_run(config, self.root, point.name, {"mask_threshold": point.mask_threshold})
         if run_id is None:
             return
         tracker = tracking.MlflowTracker(self.uri, run_id, tracking.journal_of(self.root, run_id))
         with tracking.closing(tracker):
-            tracker.tags({"mlflow.parentRunId": self.parent, "sweep.key": key, "model.sha256": result["model"]})
+            tracker.tags({"mlflow.parentRunId": self.parent, "sweep.key": key, "model.sha256": point.model.checkpoint})
             tracker.dataset("reference", result["reference"], "data/captions", "evaluation")
             tracker.log({f"evaluate/{name}": value for name, value in result["metrics"].items()}, step=0)
+            if grid.is_file():  # results of an earlier version have none
+                with Image.open(grid) as image:
+                    tracker.image(GRID, image.convert("RGB"), step=0)
         self.children[key] = run_id
         known = read_json(self.file)
         write_json(self.file, {**known, "children": self.children})

@@ -235,7 +235,9 @@ def create_run(config: Config, root: str | Path, name: str, params: dict[str, An
         warn_away(uri, error, "this run is not tracked there")
         return None
     tracker = MlflowTracker(uri, run_id, root / "work" / "tracking" / f"{run_id}.jsonl")
-    tracker.params({**to_dict(config), "preset": to_dict(config.model.load()), **(params or {})})
+    settings = to_dict(config)
+    del settings["file"]  # where they were read from is none, and would differ between runs that do not
+    tracker.params({**settings, "preset": to_dict(config.model.load()), **(params or {})})
     return run_id
 
 
@@ -295,6 +297,7 @@ def connect(uri: str) -> MlflowClient:
     for name, value in (
         ("MLFLOW_DISABLE_TELEMETRY", "true"), ("DO_NOT_TRACK", "true"),
         ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1"), ("MLFLOW_HTTP_REQUEST_TIMEOUT", "10"),
+        ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
     ):  # fmt: skip
         os.environ.setdefault(name, value)
     import mlflow

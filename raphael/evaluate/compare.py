@@ -35,11 +35,11 @@ class Run:
 def compare_runs(names: Sequence[str], params: str | Path, out: Path) -> str:
     """Read the runs, print the table, write the page. Raises StageError for a run that is not there or ambiguous."""
     if not 2 <= len(names) <= MAX_RUNS:
-        raise StageError(f"compare: got {len(names)} runs, expected 2 to {MAX_RUNS}")
+        raise StageError(f"got {len(names)} runs, expected 2 to {MAX_RUNS}")
     config = load_config(params)
     uri = resolve_uri(config, Path(params).resolve().parent)
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
-        raise StageError(f"compare: {uri}: no tracking store there; train first, or set tracking.uri in {params}")
+        raise StageError(f"{uri}: no tracking store there; train first, or set tracking.uri in {params}")
     runs = read_runs(uri, config.tracking.experiment, names)
     text = difference_table(runs)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def read_runs(uri: str, experiment: str, names: Sequence[str]) -> list[Run]:
         known = _all_runs(client, found.experiment_id) if found else []
     except Exception as error:  # of SQLAlchemy, requests, MLflow
         reason = " ".join(str(error).split())[:160]
-        raise StageError(f"compare: {public(uri)} cannot be read ({type(error).__name__}: {reason})") from None
+        raise StageError(f"{public(uri)} cannot be read ({type(error).__name__}: {reason})") from None
     runs = []
     for name in names:
         matches = [run for run in known if name in (run.info.run_id, run.info.run_name)]
@@ -64,12 +64,10 @@ def read_runs(uri: str, experiment: str, names: Sequence[str]) -> list[Run]:
         if len(matches) != 1:
             recent = ", ".join(f"{run.info.run_id[:8]} ({run.info.run_name})" for run in (matches or known)[:6])
             found_text = "no run" if not matches else f"{len(matches)} runs"
-            raise StageError(
-                f"compare: {name!r}: {found_text} in {experiment} of that id or name; there are {recent or 'none'}"
-            )
+            raise StageError(f"{name!r}: {found_text} in {experiment} of that id or name; there are {recent or 'none'}")
         runs.append(_read(client, matches[0]))
     if len({run.run_id for run in runs}) < len(runs):
-        raise StageError(f"compare: got one run twice ({', '.join(names)}), expected different ones")
+        raise StageError(f"got one run twice ({', '.join(names)}), expected different ones")
     return runs
 
 
@@ -90,7 +88,8 @@ def _read(client: Any, run: Any) -> Run:
         points = sorted(
             (point.step, point.timestamp, point.value) for point in client.get_metric_history(info.run_id, name)
         )
-        result.curves[name] = [(float(step), value) for step, _, value in points]
+        # of a step that was measured again the last value: two of one step are no curve
+        result.curves[name] = sorted({float(step): value for step, _, value in points}.items())
     result.grids = _grids(client, info.run_id)
     return result
 
@@ -126,22 +125,43 @@ def differences(runs: Sequence[Run], kind: str) -> dict[str, list[Any]]:
     return {name: values for name, values in rows.items() if any(value != values[0] for value in values)}
 
 
+def metric_cells(runs: Sequence[Run]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Metrics that differ, as texts: those of two runs at least, then those that one run alone has.
+
+    NAME_low and NAME_high are no rows of their own: they stand behind NAME as its interval.
+    """
+    shared: dict[str, list[str]] = {}
+    alone: dict[str, list[str]] = {}
+    known = {name for run in runs for name in run.metrics}
+    for name, values in differences(runs, "metrics").items():
+        if any(name.endswith(end) and name.removesuffix(end) in known for end in ("_low", "_high")):
+            continue
+        cells = []
+        for run, value in zip(runs, values, strict=True):
+            low, high = (run.metrics.get(f"{name}_{end}") for end in ("low", "high"))
+            inside = value is not None and low is not None and high is not None
+            cells.append(f"{value:.4g} [{low:.3g}, {high:.3g}]" if inside else _text(value))
+        (alone if sum(value is not None for value in values) == 1 else shared)[name] = cells
+    return shared, alone
+
+
 def difference_table(runs: Sequence[Run]) -> str:
-    """Metrics, last values, then parameters, only those that differ; one column a run."""
+    """Parameters that differ, then metrics, last values; one column a run. Of one run's own metrics the number."""
     rows = [["run", *(f"{run.name} ({run.run_id[:8]})" for run in runs)], ["status", *(run.status for run in runs)]]
+    shared, alone = metric_cells(runs)
+    params = {name: list(map(_text, values)) for name, values in differences(runs, "params").items()}
     heads = {}
-    for title, kind in (("metrics", "metrics"), ("parameters", "params")):
-        heads[len(rows)] = f"{title} that differ"
-        rows += [[name, *map(_text, values)] for name, values in differences(runs, kind).items()]
-    if len(rows) == 2:
-        return "\n".join(["  ".join(row) for row in rows] + ["nothing differs"])
+    for title, cells in (("parameters", params), ("metrics", shared)):
+        heads[len(rows)] = f"{title} that differ" if cells else f"no {title} differ"
+        rows += [[name, *values] for name, values in cells.items()]
     widths = [min(48, max(len(row[column]) for row in rows)) for column in range(len(runs) + 1)]
     lines = []
-    for place, row in enumerate(rows):
-        if place in heads:
-            lines.append(f"-- {heads[place]}")
+    for place, row in enumerate([*rows, []]):
+        lines += [f"-- {heads[place]}"] if place in heads else []
         lines.append("  ".join(_cut(cell, width).ljust(width) for cell, width in zip(row, widths)).rstrip())
-    return "\n".join(lines)
+    if alone:
+        lines[-1] = f"-- and {len(alone)} metrics that one run alone has: they are on the page"
+    return "\n".join(lines).rstrip()
 
 
 def render(runs: Sequence[Run]) -> str:
@@ -155,11 +175,13 @@ def render(runs: Sequence[Run]) -> str:
         if max(map(len, series.values())) >= MIN_POINTS:
             charts.append({"name": name, "svg": line_chart(series)})
     keys = sorted({key for run in runs for key in run.grids})
+    shared, alone = metric_cells(runs)
     environment = page_environment()
     return environment.get_template("compare.html").render(
         css=(TEMPLATES / "report.css").read_text(encoding="utf-8"),
         runs=runs,
-        metrics={name: list(map(_text, values)) for name, values in differences(runs, "metrics").items()},
+        metrics=shared,
+        alone=alone,
         params={name: list(map(_text, values)) for name, values in differences(runs, "params").items()},
         charts=charts,
         grids=[{"key": key, "columns": [run.grids.get(key, []) for run in runs]} for key in keys],

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 MODEL = Path("models/raphael")
 LOWEST_SCORES, MOST_WRONG = 10, 10  # two rows of the report
 GRID_PICTURES = 32
+GRID = "evaluate/first_pictures"  # the series of grids in MLflow
 NOT_OF_THE_PROTOCOL = {"batch_size", "precision"}  # of the settings of drawing: they change roundings
 JUDGED_BY = ("picture_accuracy", "clip_score", "clip_score_self")  # the first that was measured
 
@@ -89,7 +90,6 @@ def log_evaluation(
     """
     from raphael.checkpoint import checkpoint_sha256
     from raphael.registry import logged_model, promote
-    from raphael.sampling import image_grid
     from raphael.tracking import tracker_of_model
 
     metrics = {f"evaluate/{key}": float(value) for key, value in facts.items() if isinstance(value, (int, float))}
@@ -100,13 +100,20 @@ def log_evaluation(
     model_id = logged_model(tracker, name, stage.root / MODEL, sha256, {"preset": config.model.preset})
     tracker.log(metrics, step=step, again=True, model_id=model_id)
     tracker.dataset("prompts", facts["prompts"], "data/generated", "evaluation")
-    tracker.image("evaluate/first_pictures", image_grid(pictures[:GRID_PICTURES], columns=8), step, again=True)
+    tracker.image(GRID, first_pictures(pictures), step, again=True)
     tracker.table("evaluate_pictures", picture_table(entries, pictures, facts["settings"]["seed"]))
     tracker.artifact(stage.root / "reports" / "evaluate.json")
     judgement = judgement_of(facts)
     if judgement and (decided := promote(tracker, name, sha256, judgement)):
         print(f"evaluate: {decided}")
     tracker.close()
+
+
+def first_pictures(pictures: Sequence[np.ndarray]) -> Any:
+    """The first pictures, uint8 (H, W, 3), in a grid -> PIL.Image."""
+    from raphael.sampling import image_grid
+
+    return image_grid(pictures[:GRID_PICTURES], columns=8)
 
 
 def picture_table(entries: list[dict[str, Any]], pictures: list[np.ndarray], seed: int) -> dict[str, list[Any]]:

@@ -23,6 +23,10 @@ def store(tmp_path_factory, project):
             tracker.log({"train/loss": slope ** (step / 64), "train/same": 1.0}, step)
         if slope == 0.5:
             tracker.log({"evaluate/fd_clip_9": 0.25}, 192)
+        for again in (0.0, 0.1):  # measured twice at one step: the last counts, and it is no curve
+            share = slope - again
+            numbers = {"e/share": share, "e/share_low": share - 0.1, "e/share_high": share + 0.1}
+            tracker.log(numbers, 192, again=True)
         tracker.image("samples/grid", np.full((24, 24, 3), int(200 * slope), np.uint8), 192)
         tracker.close()
     yield root
@@ -37,8 +41,10 @@ def test_the_table_has_what_differs_and_only_that(store, capsys):
     assert compare(store, "fast", "slow <b>") == 0
     text = capsys.readouterr().out
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line and not line.startswith("--")}
+    assert rows["e/share"] == ["0.4", "[0.3,", "0.5]", "0.8", "[0.7,", "0.9]"] and "e/share_low" not in rows
     assert rows["train/loss"] == [f"{0.5**3:.6g}", f"{0.9**3:.6g}"]
-    assert rows["evaluate/fd_clip_9"] == ["0.25", "-"]
+    assert "evaluate/fd_clip_9" not in rows and "-- and 1 metrics that one run alone has" in text
+    assert text.index("-- parameters that differ") < text.index("-- metrics that differ")
     assert rows["slope"] == ["0.5", "0.9"]
     assert "train/same" not in rows and "train.seed" not in rows
 
@@ -49,6 +55,7 @@ def test_the_page_is_complete_in_itself_with_curves_and_grids_side_by_side(store
     assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
     assert "<script" not in page and "slow &lt;b&gt;" in page and "slow <b>" not in page
     (chart,) = re.findall(r"<h3>train/loss</h3>(<svg.*?</svg>)", page, re.S)
+    assert re.findall(r"<h3>(.*?)</h3><svg", page) == ["train/loss", "train/same"] and "fd_clip_9" in page
     curves = re.findall(r'class="curve c(\d)" d="([^"]+)"', chart)
     assert [colour for colour, _ in curves] == ["0", "1"]
     assert all(len(re.findall("[ML]", path)) == 3 for _, path in curves)

@@ -121,7 +121,22 @@ def test_the_parent_has_a_child_a_point_with_the_keys_of_an_evaluation(root, swe
         result = read_json(root / "work/sweep/points" / f"{child.data.tags['sweep.key']}.json")
         assert child.data.metrics == {f"evaluate/{name}": value for name, value in result["metrics"].items()}
         assert f"evaluate/fd_clip_self_{PICTURES}" in child.data.metrics and child.info.status == "FINISHED"
+        (grid,) = {
+            item.path for item in client.list_artifacts(child.info.run_id, "images") if item.path.endswith(".png")
+        }
+        assert "evaluate~first_pictures" in grid
     assert [item.path for item in client.list_artifacts(known["run_id"])] == ["sweep.html"]
+
+
+def test_runs_of_a_sweep_carry_the_hash_by_which_reports_and_pictures_know_the_model(root, swept):
+    from raphael.generate.pipeline import RaphaelPipeline
+
+    identity = RaphaelPipeline.from_pretrained(root / "models/raphael").identity
+    client = tracking.connect(tracking.resolve_uri(load_config(root / "params.yaml"), root))
+    for run_id in read_json(root / "work/sweep/runs.json")["children"].values():
+        run = client.get_run(run_id)
+        assert run.info.run_name.startswith(f"{identity[:6]}-") and run.data.tags["model.sha256"].startswith(identity)
+    assert read_json(root / "reports/sweep.json")["model"] == identity
 
 
 def test_a_points_numbers_are_those_of_drawing_and_measuring_by_hand(root, swept):
