@@ -173,7 +173,8 @@ def render(runs: Sequence[Run]) -> str:
         # an empty curve keeps its place, so that a run has one colour on the whole page
         series = {run.name if _unique(runs) else run.run_id[:8]: run.curves.get(name, []) for run in runs}
         if max(map(len, series.values())) >= MIN_POINTS:
-            charts.append({"name": name, "svg": line_chart(series)})
+            of_several = sum(len(curve) >= MIN_POINTS for curve in series.values()) > 1
+            charts.append({"name": name, "svg": line_chart(series), "of_several": of_several})
     keys = sorted({key for run in runs for key in run.grids})
     shared, alone = metric_cells(runs)
     environment = page_environment()
@@ -183,7 +184,7 @@ def render(runs: Sequence[Run]) -> str:
         metrics=shared,
         alone=alone,
         params={name: list(map(_text, values)) for name, values in differences(runs, "params").items()},
-        charts=charts,
+        charts=sorted(charts, key=lambda chart: not chart["of_several"]),  # sorted is stable: names stay in order
         grids=[{"key": key, "columns": [run.grids.get(key, []) for run in runs]} for key in keys],
     )
 
