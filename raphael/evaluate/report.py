@@ -60,7 +60,7 @@ def gather(config: Config) -> dict[str, Any]:
         "measures": findings.metric_cards(measured),
         "clip_by_suite": findings.clip_by_suite(measured),
         "failures": findings.failures(measured, GENERATED),
-        **findings.beside(REPORTS),
+        **findings.beside(REPORTS, drawn["model"]),
         "hero": data.hero(GENERATED, drawn["images"]),
         "insight": [],
         "times": None,

@@ -1,4 +1,4 @@
-"""The report's sections on how numbers were measured, on failures, and on what lies beside: sweeps and path maps."""
+"""The report's sections on how numbers were measured, on failures, and on what lies beside: a sweep, a data card."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from raphael.evaluate.sweep_figures import charts
 from raphael.stage import read_json
 
 DATA_CARD = "data_card.html"  # reports/: of `raphael data card`
-PATHS = "paths*.html"  # reports/: maps of the experts' paths, written by another command
 
 
 def metric_cards(measured: dict[str, Any]) -> list[dict[str, Any]]:
@@ -66,12 +65,14 @@ def failures(measured: dict[str, Any], folder: Path) -> dict[str, Any] | None:
     return {**result, "counts": counts} if result["lowest"] or result["most_wrong"] else None
 
 
-def beside(reports: Path) -> dict[str, Any]:
-    """{sweep: figures of reports/sweep.json, those that are there, or None; paths: [file names]; data_card: is there
-    one}."""
+def beside(reports: Path, model: str) -> dict[str, Any]:
+    """{sweep: figures of reports/sweep.json, those that are there, or None; data_card: is there one}.
+
+    A sweep of another model than `model` (as images.json names it) is none of this report's.
+    """
     file = reports / "sweep.json"
     sweep = read_json(file) if file.is_file() else None
+    sweep = sweep if sweep and sweep["model"] == model else None
     drawn = [figure for figure in charts(sweep) if not figure["absent"]] if sweep else []
     about = {"model": sweep["model"], "mask_threshold": sweep["mask_threshold"], "figures": drawn} if drawn else None
-    paths = sorted(path.name for path in reports.glob(PATHS))
-    return {"sweep": about, "paths": paths, "data_card": (reports / DATA_CARD).is_file()}
+    return {"sweep": about, "data_card": (reports / DATA_CARD).is_file()}

@@ -102,17 +102,14 @@ def test_the_report_shows_suites_failures_and_what_lies_beside_and_nothing_where
     assert shown["lowest"][0]["prompt"] == "prompt 1" and shown["lowest"][0]["uri"].startswith("data:image/png")
     assert [card["wrong"] for card in shown["most_wrong"]] == [["object shape"]]
     assert clip_by_suite(facts()) is None and failures(facts(), tmp_path) is None
-    assert beside(tmp_path) == {"sweep": None, "paths": [], "data_card": False}
+    assert beside(tmp_path, "m") == {"sweep": None, "data_card": False}
     point = {"x": 4.0, "seeds": 1, "distance": {"mean": 1.0, "error": None}, "score": {"mean": 0.3, "error": None}}
     figure = {"n": 6, "n_reference": 9, "distance": "fd_6", "score": "clip_score", "series": {"": [point]}}
     kinds = ("alpha", "space_experts", "time_experts", "edge_max_timestep")
     figures = {"guidance": figure} | {name: {"absent": "no reason"} for name in kinds}
     write_json(tmp_path / "sweep.json", {"model": "m", "mask_threshold": 0.2, "figures": figures})
-    (tmp_path / "paths-colours.html").write_text("")
-    found = beside(tmp_path)
-    assert [one["name"] for one in found["sweep"]["figures"]] == ["guidance"] and found["paths"] == [
-        "paths-colours.html"
-    ]
+    assert [one["name"] for one in beside(tmp_path, "m")["sweep"]["figures"]] == ["guidance"]
+    assert beside(tmp_path, "another model")["sweep"] is None
 
 
 def test_the_table_of_pictures_spreads_over_all_prompts():

@@ -157,6 +157,19 @@ def test_the_page_is_one_file_that_asks_nobody_for_anything_and_is_the_same_agai
     assert (workspace / "reports/index.html").read_text() == page
 
 
+def test_the_page_takes_in_the_paths_of_its_own_model_and_of_no_other(generated, workspace, monkeypatch):
+    folder = workspace / "reports" / "paths"
+    folder.mkdir()
+    (folder / "section.html").write_text('<section id="paths"><h2>Ways of words</h2></section>')
+    model = json.loads((generated / "images.json").read_text())["model"]
+    for name, shown in (("another", False), (model, True)):
+        (folder / "paths.json").write_text(json.dumps({"model": name}))
+        assert run_stage("report", workspace, monkeypatch) == 0
+        page = (workspace / "reports/index.html").read_text()
+        assert ("<h2>Ways of words</h2>" in page) == ('href="#paths"' in page) == shown
+    shutil.rmtree(folder)
+
+
 def test_a_broken_or_missing_picture_is_an_error_that_names_it(tmp_path):
     from raphael.evaluate.__main__ import load_picture
 
