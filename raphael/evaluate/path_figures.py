@@ -10,7 +10,7 @@ import numpy as np
 
 from raphael.evaluate.path_classifier import one_hot
 
-INK, SOFT, LINE, ACCENT = "#211d18", "#6d655b", "#e6e0d6", "#ad4a28"
+INK, SOFT, LINE, ACCENT, GROUND = "#211d18", "#6d655b", "#e6e0d6", "#ad4a28", "#faf8f4"
 COLOURS = ["#2f5f8f", "#c9703a", "#4f8a62", "#8d5a91", "#c79a22", "#3f95a0", "#a94a5c", "#7b7467"]  # report.css
 KIND_COLOURS = {"adjectives": COLOURS[0], "nouns": COLOURS[1], "verbs": COLOURS[2]}
 DPI = 140
@@ -24,7 +24,7 @@ def confusion_chart(file: Path, confusion: np.ndarray, words: Sequence[str], kin
     order = leaves_list(linkage(1 - likeness[np.triu_indices(len(words), 1)], "average", optimal_ordering=True))
     side = 2.2 + 0.105 * len(words)
     figure = _figure(side, side)
-    axes = figure.subplots()
+    axes = figure.subplots(subplot_kw={"facecolor": GROUND})
     shown = axes.imshow(confusion[np.ix_(order, order)], vmin=0, vmax=1, cmap=_map(), interpolation="nearest")
     labels = [words[place] for place in order]
     axes.set_xticks(range(len(words)), labels, rotation=90, fontsize=5.5)
@@ -44,7 +44,8 @@ def word_map(file: Path, kinds: dict[str, tuple[Sequence[str], np.ndarray]], exp
     """Words in path space: the first two principal components of each word's mean one-hot path.
 
     kinds: {name: (words, paths (words * sentences, blocks), word by word)}. In this space the squared distance of two
-    single paths is twice their Hamming distance. Returns {"explained": [2 shares], "words": {word: [x, y]}}.
+    single paths is twice their Hamming distance. Returns {"explained": [2 shares], "words": {kind: {word: [x, y]}}};
+    a word may be of two kinds (orange).
     """
     from sklearn.decomposition import PCA
 
@@ -57,7 +58,7 @@ def word_map(file: Path, kinds: dict[str, tuple[Sequence[str], np.ndarray]], exp
     flat = PCA(n_components=2, svd_solver="full")
     points = flat.fit_transform(np.concatenate(means).astype(np.float64))
     figure = _figure(9.2, 7.4)
-    axes = figure.subplots()
+    axes = figure.subplots(subplot_kw={"facecolor": GROUND})
     axes.scatter(*points.T, c=colours, s=9, linewidths=0, alpha=0.9)
     for name, (x, y), colour in zip(names, points, colours, strict=True):
         axes.annotate(name, (x, y), (2.5, 1.5), textcoords="offset points", fontsize=5.6, color=colour)
@@ -70,14 +71,15 @@ def word_map(file: Path, kinds: dict[str, tuple[Sequence[str], np.ndarray]], exp
         axes.scatter([], [], c=KIND_COLOURS.get(kind, INK), s=22, label=kind)
     axes.legend(frameon=False, loc="upper left", fontsize=8)
     figure.savefig(file)
-    placed = {name: [round(float(x), 6), round(float(y), 6)] for name, (x, y) in zip(names, points, strict=True)}
+    rows = iter(points.round(6).tolist())
+    placed = {kind: {word: next(rows) for word in words} for kind, (words, _) in kinds.items()}
     return {"explained": [float(share) for share in flat.explained_variance_ratio_], "words": placed}
 
 
 def accuracy_chart(file: Path, kinds: dict[str, Any]) -> None:
     """Trained gates beside every set of untrained ones, chance as a stroke; kinds: as in paths.json."""
     figure = _figure(6.2, 0.9 + 0.75 * len(kinds))
-    axes = figure.subplots()
+    axes = figure.subplots(subplot_kw={"facecolor": GROUND})
     for row, found in enumerate(kinds.values()):
         others = [part["accuracy"] for part in found["untrained"]]
         axes.plot([0, 1], [row, row], color=LINE, lw=1, zorder=0)
@@ -106,7 +108,7 @@ def time_route_chart(file: Path, times: dict[str, Any]) -> None:
     experts = int(table.max()) + 1
     cmap = ListedColormap([COLOURS[expert % len(COLOURS)] for expert in range(experts)])
     figure = _figure(8.4, 1.2 + 0.26 * len(table))
-    axes = figure.subplots()
+    axes = figure.subplots(subplot_kw={"facecolor": GROUND})
     axes.imshow(table, aspect="auto", cmap=cmap, vmin=-0.5, vmax=experts - 0.5, interpolation="nearest")
     for edge in range(1, len(table)):
         axes.axhline(edge - 0.5, color="white", lw=2.5)
@@ -126,10 +128,10 @@ def time_route_chart(file: Path, times: dict[str, Any]) -> None:
 def _figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor=GROUND)
 
 
 def _map() -> Any:
     from matplotlib.colors import LinearSegmentedColormap
 
-    return LinearSegmentedColormap.from_list("paths", ["#faf8f4", "#e9b08f", "#ad4a28", "#3a1408"])
+    return LinearSegmentedColormap.from_list("paths", [GROUND, "#e9b08f", "#ad4a28", "#3a1408"])

@@ -148,7 +148,7 @@ def test_the_words_and_sentences_are_as_many_as_the_papers_and_never_begin_alike
 def test_the_command_writes_numbers_pictures_and_a_section(pipeline, tmp_path, monkeypatch, capsys):
     few = {
         "adjectives": WordSet(("red", "green", "blue"), tuple(f"{n} {{}} things" for n in "abcdef")),
-        "nouns": WordSet(("cat", "dog"), tuple(f"{n} {{}} here" for n in "abcdef")),
+        "nouns": WordSet(("cat", "green"), tuple(f"{n} {{}} here" for n in "abcdef")),
         "verbs": WordSet(("running", "singing"), tuple(f"{n} is {{}}" for n in "abcdef")),
     }
     monkeypatch.setattr(path_report, "load_words", lambda: few)
@@ -164,6 +164,9 @@ def test_the_command_writes_numbers_pictures_and_a_section(pipeline, tmp_path, m
     assert sorted(path.name for path in out.glob("*.png")) == sorted(
         ["accuracy.png", "times.png", "words.png", *(f"confusion-{kind}.png" for kind in few)]
     )
+    assert {kind: list(placed) for kind, placed in report["map"]["words"].items()} == {
+        kind: list(part.words) for kind, part in few.items()
+    }
     section = (out / "section.html").read_text(encoding="utf-8")
     assert section.startswith('<section id="paths"') and section.count("data:image/png;base64,") == 5
     assert "untrained gates" in capsys.readouterr().out
