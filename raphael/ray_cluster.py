@@ -43,6 +43,7 @@ def prepare_environment() -> None:
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         # on a busy machine its agent needs longer than the raylet would wait
         "RAY_agent_register_timeout_ms": "120000",
+        "RAY_worker_niceness": "0",  # 15 by default: whatever else this machine does would come before the training
         "RAY_TRAIN_METRICS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_DEDUP_LOGS": "0",
