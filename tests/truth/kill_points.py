@@ -194,7 +194,9 @@ class Killer:
         if self.kills == self.count or len(group) < KINDS["ray"][0]:
             return
         if self.due_s is None:
-            self.due_s = time.monotonic() + self.rng.uniform(0.0, 20 * RAY_PAUSE_S)
+            self.due_s = time.monotonic() + self.rng.uniform(
+                0.0, 15 * RAY_PAUSE_S
+            )  # seldom past a checkpoint: else it ends first
         elif time.monotonic() >= self.due_s:
             os.kill(int(self.rng.choice(sorted(group))), signal.SIGKILL)
             self.images.add(max((int(path.name) for path in self.home.all()), default=0))
