@@ -95,4 +95,6 @@ def test_make_bench_runs_the_others_when_one_fails_and_ends_in_failure(tmp_path)
     done = subprocess.run(["make", "bench"], cwd=tmp_path, env=paths, capture_output=True, text=True)
     assert done.returncode != 0
     assert "b ran" in done.stdout and "the table" in done.stdout
-    assert "failed: benchmarks/a.py" in done.stderr
+    assert "failed: a\n" in done.stderr
+    only = subprocess.run(["make", "bench", "ONLY=b"], cwd=tmp_path, env=paths, capture_output=True, text=True)
+    assert only.returncode == 0 and "b ran" in only.stdout and "== a" not in only.stdout
