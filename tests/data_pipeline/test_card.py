@@ -94,7 +94,7 @@ def test_the_page_needs_nothing_else_and_shows_both_sides(workspace):
     assert sum(source.startswith("data:") for source in sources) == 3 + 5 + 1, "unsafe pictures are counted only"
     assert "<b>bold</b>" not in page and "&lt;b&gt;bold&lt;/b&gt; words" in page
     assert "looks like another (1)" in page and "unsafe (1)" in page and 'class="alarm"' not in page
-    assert beside(Path("reports"))["data_card"] and not beside(Path("data"))["data_card"]
+    assert beside(Path("reports"), "")["data_card"] and not beside(Path("data"), "")["data_card"]
 
 
 def test_the_report_gets_some_pictures_of_each_reason_and_none_that_is_withheld(workspace):
