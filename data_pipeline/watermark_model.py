@@ -84,8 +84,8 @@ def _optimizers(net: WatermarkNet) -> list[tuple[torch.optim.Optimizer, float]]:
 
 
 def choose_threshold(model: WatermarkModel, photographs: list[Image.Image], seed: int = 1) -> float:
-    """Choose the soft maximum's sharpness, and move the scores so that 0.5 is where precision and recall of marked
-    pictures together (F1) are best on these photographs. Returns the probability, before the move, that is the
+    """Choose the soft maximum's sharpness, and move the scores so that 0.5 is where recall less false alarms is largest
+    on these photographs. Returns the probability, before the move, that is the
     threshold."""
     import numpy as np
     import torch
@@ -102,16 +102,18 @@ def choose_threshold(model: WatermarkModel, photographs: list[Image.Image], seed
 
 
 def best_threshold(logits: np.ndarray, marked: np.ndarray) -> tuple[float, float]:
-    """(F1, the logit at which it is largest), marked pictures weighing as one for each clean one."""
+    """(Youden's J, recall less false alarms; the logit at which it is largest).
+
+    Not F1: of a weak detector its best is where nearly everything is flagged, and clean pictures are most of a list.
+    """
     import numpy as np
 
-    weights = np.where(marked, 1 / len(KINDS), 1.0)
     order = np.argsort(-logits)
-    hits = np.cumsum(weights[order] * marked[order])
-    f1 = 2 * hits / (np.cumsum(weights[order]) + weights[marked].sum())
-    best = int(np.argmax(f1))
+    hits, alarms = np.cumsum(marked[order]), np.cumsum(~marked[order])
+    gain = hits / marked.sum() - alarms / (~marked).sum()
+    best = int(np.argmax(gain))
     following = logits[order[min(best + 1, len(logits) - 1)]]
-    return float(f1[best]), float((logits[order[best]] + following) / 2)
+    return float(gain[best]), float((logits[order[best]] + following) / 2)
 
 
 def examination(
@@ -217,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=Path, required=True, help="a folder of clean photographs, at best hundreds")
     parser.add_argument("--out", type=Path, required=True, help="the model, a .safetensors file")
-    parser.add_argument("--images", type=int, default=4000, help="pictures to teach (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=80000, help="pictures to teach (default: %(default)s)")
     parser.add_argument("--scenes", type=int, default=60, help="drawn scenes among the taught (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     arguments = parser.parse_args(argv)
