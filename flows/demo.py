@@ -86,7 +86,7 @@ def where_to_look(root: Path) -> str:
 
 
 def mlflow_run(root: Path) -> str:
-    """Experiment, name and id of the newest run in the workspace's store."""
+    """Experiment, name and id of the newest run in the workspace's store that is no other's child."""
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
         return f"in {uri}"
     store = root / "mlflow.db"
@@ -94,7 +94,8 @@ def mlflow_run(root: Path) -> str:
         return "none (no mlflow.db here)"
     query = (
         "select experiments.name, runs.name, runs.run_uuid from runs join experiments"
-        " on runs.experiment_id = experiments.experiment_id order by runs.start_time desc limit 1"
+        " on runs.experiment_id = experiments.experiment_id where runs.run_uuid not in"
+        " (select run_uuid from tags where key = 'mlflow.parentRunId') order by runs.start_time desc limit 1"
     )
     connection = sqlite3.connect(f"{store.as_uri()}?mode=ro", uri=True)
     try:

@@ -10,6 +10,7 @@ from typing import Any
 
 from flows import settings
 from flows.pipeline import ancestors, out_of_date, read_pipeline, reproduce
+from flows.pipeline_runs import flow_run_name, one_run_over_all
 from raphael.stage import StageError, read_json
 from raphael.strict import ConfigError
 
@@ -36,9 +37,10 @@ def run_stages(stages: list[str], overrides: dict[str, Any] | None = None, root:
         names = ", ".join(name for name in pipeline if name in missing)
         raise StageError(f"{stages[0]}: what it needs is out of date: {names}; run raphael/full, or those first")
     outcome: dict[str, str] = {}
-    for name in stages:
-        look = name in stale or any(outcome.get(parent) in ("ran", "restored") for parent in needs[name])
-        outcome[name] = _stage_task(name)(name, str(root), look)
+    with one_run_over_all(root, flow_run_name(), outcome):
+        for name in stages:
+            look = name in stale or any(outcome.get(parent) in ("ran", "restored") for parent in needs[name])
+            outcome[name] = _stage_task(name)(name, str(root), look)
     publish_summary(root, outcome)
     return outcome
 

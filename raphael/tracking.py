@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
+from raphael.pipeline_run import PARENT, parent_run
 from raphael.stage import read_json, write_json
 from raphael.strict import ConfigError, to_dict
 
@@ -204,11 +205,14 @@ def resolve_uri(config: Config, root: str | Path) -> str:
     return uri
 
 
-def create_run(config: Config, root: str | Path, name: str, params: dict[str, Any] | None = None) -> str | None:
+def create_run(
+    config: Config, root: str | Path, name: str, params: dict[str, Any] | None = None, parent: str | None = None
+) -> str | None:
     """Create a run in the experiment tracking.experiment; returns its id, None (after one warning) where nobody
     answers.
 
-    All settings become params: the configuration's, the preset's under `preset`, and `params`.
+    All settings become params: the configuration's, the preset's under `preset`, and `params`. It stands under the run
+    of the flow that started this process (raphael/pipeline_run.py), else under `parent`.
     """
     uri, root = resolve_uri(config, root), Path(root).resolve()
     try:
@@ -230,6 +234,8 @@ def create_run(config: Config, root: str | Path, name: str, params: dict[str, An
         }
         if revision != "unknown":
             tags["mlflow.source.git.commit"] = revision.removesuffix("-dirty")
+        if parent := parent_run(client, experiment_id, root, public(uri), tags) or parent:
+            tags = {**tags, PARENT: parent}
         run_id = client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
     except Exception as error:  # as in MlflowTracker.send
         warn_away(uri, error, "this run is not tracked there")
@@ -241,12 +247,14 @@ def create_run(config: Config, root: str | Path, name: str, params: dict[str, An
     return run_id
 
 
-def reopen_run(uri: str, run_id: str) -> bool:
-    """Whether the run exists; it is RUNNING again after."""
+def reopen_run(uri: str, run_id: str, root: Path | None = None) -> bool:
+    """Whether the run exists; it is RUNNING again after, under the run of the flow that goes on with it in `root`."""
     try:
         client = connect(uri)
-        client.get_run(run_id)
+        experiment_id = client.get_run(run_id).info.experiment_id
         client.update_run(run_id, status="RUNNING")
+        if root and (parent := parent_run(client, experiment_id, root, public(uri))):
+            client.set_tag(run_id, PARENT, parent)
         return True
     except Exception as error:  # as in MlflowTracker.send
         warn_away(uri, error, f"the run {run_id} cannot be continued there")
@@ -281,9 +289,15 @@ def tracker_of_model(config: Config, root: str | Path, sha256: str) -> Tracker:
     known = (read_json(path) if path.exists() else {}).get(sha256)
     run_id = known["run_id"] if known and known["uri"] == public(uri) else None
     if run_id is None or not reopen_run(uri, run_id):
-        run_id = create_run(config, root, f"evaluate-{sha256[:8]}", {"model_sha256": sha256})
+        run_id = create_run(config, root, f"model-{sha256[:8]}", {"model_sha256": sha256})
         remember_run(root, sha256, uri, run_id)
     return MlflowTracker(uri, run_id, journal_of(root, run_id))
+
+
+def tracker_of_evaluation(config: Config, root: str | Path, sha256: str, trained: str | None) -> Tracker:
+    """A run for one evaluation of the model of that hash, which the run `trained` made."""
+    run_id = create_run(config, root, f"evaluation-{sha256[:8]}", {"model_sha256": sha256}, trained)
+    return MlflowTracker(resolve_uri(config, root), run_id, journal_of(root, run_id)) if run_id else NullTracker()
 
 
 def journal_of(root: str | Path, run_id: str | None) -> Path:

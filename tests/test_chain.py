@@ -3,11 +3,13 @@ workspace, then the data through a remote into a second workspace. Nothing is re
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +21,9 @@ import yaml
 from flows.environment import SWITCHES, stage_environment
 from flows.pipeline import DVC, out_of_date, read_pipeline
 from flows.workspace import make_workspace
+from raphael.pipeline_run import FILE as PIPELINE_RUN
+from raphael.pipeline_run import PARENT
+from raphael.stage import read_json
 
 PROJECT = Path(__file__).resolve().parent.parent
 REDRAWN = {"generate", "evaluate", "report"}  # what a changed generate.seed may touch
@@ -136,3 +141,7 @@ def test_a_served_run_with_another_seed_redraws_and_trains_nothing(chain: Path, 
     redrawn = digest(chain, "data/generated")
     assert redrawn.keys() == pictures.keys() and redrawn != pictures
     assert out_of_date(chain) == {}, "what Prefect ran, DVC must find done"
+    with contextlib.closing(sqlite3.connect(chain / "mlflow.db")) as store:
+        query = "select name, status from runs join tags using (run_uuid) where key = ? and value = ?"
+        children = store.execute(query, [PARENT, read_json(chain / PIPELINE_RUN)["run_id"]]).fetchall()
+    assert [(name.partition("-")[0], status) for name, status in children] == [("evaluation", "FINISHED")]

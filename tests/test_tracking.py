@@ -10,6 +10,7 @@ import pytest
 
 from raphael import tracking
 from raphael.config import load_config
+from raphael.pipeline_run import PARENT, VARIABLE, noted_run
 from raphael.registry import register_model
 from raphael.strict import ConfigError
 
@@ -137,6 +138,25 @@ def test_the_final_model_is_registered_once_without_its_weights(run, workspace):
     pointer = json.loads((Path(mlflow.artifacts.download_artifacts(version.source)) / "pointer.json").read_text())
     assert pointer == {"path": str(folder), "sha256": "f" * 64, "images_seen": 640}
     assert register_model(tracking.NullTracker(), "raphael", folder, "f" * 64, {}) is None
+
+
+def test_what_a_flows_stages_track_stands_under_one_run_made_by_the_first_of_them(run, config, workspace, monkeypatch):
+    alone = run("before the flow")
+    monkeypatch.setenv(VARIABLE, "full-1234abcd")
+    assert noted_run(workspace, "full-1234abcd", alone.uri) is None, "nothing was tracked yet"
+    trained, evaluated = run("training"), tracking.tracker_of_evaluation(config, workspace, "d" * 64, alone.run_id)
+    client = tracking.connect(alone.uri)
+    parent = noted_run(workspace, "full-1234abcd", alone.uri)
+    assert client.get_run(parent).info.run_name == "full-1234abcd"
+    assert [client.get_run(child).data.tags[PARENT] for child in (trained.run_id, evaluated.run_id)] == [parent] * 2
+    monkeypatch.setenv(VARIABLE, "full-5678abcd")
+    assert tracking.reopen_run(alone.uri, trained.run_id, workspace)  # a later run of the flow goes on with it
+    later = client.get_run(trained.run_id).data.tags[PARENT]
+    assert later == noted_run(workspace, "full-5678abcd", alone.uri) != parent
+    monkeypatch.delenv(VARIABLE)
+    by_hand = tracking.tracker_of_evaluation(config, workspace, "d" * 64, trained.run_id)
+    assert client.get_run(by_hand.run_id).data.tags[PARENT] == trained.run_id
+    assert PARENT not in client.get_run(alone.run_id).data.tags
 
 
 def test_evaluation_finds_the_run_that_trained_the_model(run, config, workspace):

@@ -81,32 +81,41 @@ def judgement_of(facts: dict[str, Any]) -> Judgement | None:
 def log_evaluation(
     config: Config, stage: Stage, facts: dict[str, Any], entries: list[dict[str, Any]], pictures: list[np.ndarray]
 ) -> None:
-    """Into the run that trained the model: the numbers of the top level, the report, the first pictures as a grid, and
-    pictures with their prompts as a table. The numbers also go to the checkpoint's logged model, and decide whether it
-    is the best.
+    """Into a run of this evaluation and into the one that trained the model: the numbers of the top level, the report,
+    the first pictures as a grid, and pictures with their prompts as a table. The numbers also go to the checkpoint's
+    logged model, and decide whether it is the best.
 
     The step is the number of images the model has seen, as in training. A later evaluation of the same model (another
     seed) is another point of that step, with a later time.
     """
     from raphael.checkpoint import checkpoint_sha256
     from raphael.registry import logged_model, promote
-    from raphael.tracking import tracker_of_model
+    from raphael.tracking import tracker_of_evaluation, tracker_of_model
 
-    metrics = {f"evaluate/{key}": float(value) for key, value in facts.items() if isinstance(value, (int, float))}
-    metrics |= {f"evaluate/chance/{key}": value for key, value in facts.get("chance", {}).items() if value is not None}
+    metrics, table = tracked_numbers(facts), picture_table(entries, pictures, facts["settings"]["seed"])
     sha256, name = checkpoint_sha256(MODEL), config.tracking.experiment
-    tracker = tracker_of_model(config, stage.root, sha256)
+    trained = tracker_of_model(config, stage.root, sha256)
+    own = tracker_of_evaluation(config, stage.root, sha256, trained.run_id)
     step = int(read_json(MODEL / "meta.json").get("images_seen", 0))
-    model_id = logged_model(tracker, name, stage.root / MODEL, sha256, {"preset": config.model.preset})
-    tracker.log(metrics, step=step, again=True, model_id=model_id)
-    tracker.dataset("prompts", facts["prompts"], "data/generated", "evaluation")
-    tracker.image(GRID, first_pictures(pictures), step, again=True)
-    tracker.table("evaluate_pictures", picture_table(entries, pictures, facts["settings"]["seed"]))
-    tracker.artifact(stage.root / "reports" / "evaluate.json")
+    model_id = logged_model(trained, name, stage.root / MODEL, sha256, {"preset": config.model.preset})
+    for tracker, of_model in ((trained, model_id), (own, None)):  # the model's own page has each number once
+        tracker.log(metrics, step=step, again=True, model_id=of_model)
+        tracker.dataset("prompts", facts["prompts"], "data/generated", "evaluation")
+        tracker.image(GRID, first_pictures(pictures), step, again=True)
+        tracker.table("evaluate_pictures", table)
+        tracker.artifact(stage.root / "reports" / "evaluate.json")
     judgement = judgement_of(facts)
-    if judgement and (decided := promote(tracker, name, sha256, judgement)):
+    if judgement and (decided := promote(trained, name, sha256, judgement)):
         print(f"evaluate: {decided}")
-    tracker.close()
+    own.close()
+    trained.close()
+
+
+def tracked_numbers(facts: dict[str, Any]) -> dict[str, float]:
+    """The numbers of reports/evaluate.json's top level, and those of chance, under their keys in MLflow."""
+    numbers = {f"evaluate/{key}": float(value) for key, value in facts.items() if isinstance(value, (int, float))}
+    chance = {f"evaluate/chance/{key}": value for key, value in facts.get("chance", {}).items()}
+    return numbers | {key: value for key, value in chance.items() if value is not None}
 
 
 def first_pictures(pictures: Sequence[np.ndarray]) -> Any:

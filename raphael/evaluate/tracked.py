@@ -1,4 +1,4 @@
-"""The numbers of `raphael evaluate --images` in MLflow: into the run that trained the model, where there is a store."""
+"""The numbers of `raphael evaluate --images` in MLflow: a run of its own, and that which trained the model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from raphael.config import load_config
 from raphael.stage import read_json, write_json
-from raphael.tracking import RUNS_FILE, public, resolve_uri, tracker_of_model
+from raphael.tracking import RUNS_FILE, public, resolve_uri, tracker_of_evaluation, tracker_of_model
 
 MODEL = Path("models/raphael")
 
@@ -31,19 +31,21 @@ def log_report(report: dict[str, Any], listing: dict[str, Any], params: Path) ->
         return f"not tracked: {public(uri)} does not exist; a training makes it"
     known = read_json(root / RUNS_FILE) if (root / RUNS_FILE).is_file() else {}
     whole = next((sha256 for sha256 in known if sha256.startswith(identity)), identity)
-    tracker = tracker_of_model(config, root, whole)
+    trained = tracker_of_model(config, root, whole)
+    own = tracker_of_evaluation(config, root, whole, trained.run_id)
     metrics = {}
     for number in report["numbers"]:
         name = f"evaluate/{report['protocol']}/{number['name']}"
         metrics[name] = float(number["value"])
         metrics |= {f"{name}_{end}": float(number[end]) for end in ("low", "high") if end in number}
-    tracker.log(metrics, step=_images_seen(root, identity), again=True)
     with tempfile.TemporaryDirectory() as home:
         file = Path(home) / f"{report['protocol'].replace('/', '-')}-{report['images']['sha256'][:8]}.json"
         write_json(file, report)
-        tracker.artifact(file, "evaluate")
-    tracker.close()
-    return f"tracked in {public(uri)}, run {tracker.run_id}"
+        for tracker in (own, trained):
+            tracker.log(metrics, step=_images_seen(root, identity), again=True)
+            tracker.artifact(file, "evaluate")
+            tracker.close()
+    return f"tracked in {public(uri)}, run {own.run_id} and, beside its training, {trained.run_id}"
 
 
 def _images_seen(root: Path, identity: str) -> int:

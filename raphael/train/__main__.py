@@ -111,7 +111,7 @@ def start_run(config: Config, stage: Stage, folders: Folders) -> Job:
     uri, file = tracking.resolve_uri(config, stage.root), folders.work / "run.json"
     known = read_json(file) if file.exists() else {}
     run_id = known.get("run_id") if known.get("uri") == tracking.public(uri) else None
-    if run_id is None or not tracking.reopen_run(uri, run_id):
+    if run_id is None or not tracking.reopen_run(uri, run_id, stage.root):
         name = f"{config.model.preset}-{folders.work.name[:8]}"
         run_id = tracking.create_run(config, stage.root, name)
         write_json(file, {"uri": tracking.public(uri), "run_id": run_id})

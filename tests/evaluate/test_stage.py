@@ -113,7 +113,9 @@ def test_the_numbers_have_the_names_and_the_intervals_that_are_promised(evaluate
     assert -1 <= evaluated["clip_score_self"] <= 1 and "clip_score" not in evaluated
 
 
-def test_evaluating_again_writes_the_same_bytes_and_a_later_point_into_the_run(evaluated, workspace, monkeypatch):
+def test_a_second_evaluation_writes_the_same_bytes_a_run_of_its_own_and_a_point_of_the_models(
+    evaluated, workspace, monkeypatch
+):
     before = (workspace / "reports/evaluate.json").read_bytes()
     assert run_stage("evaluate", workspace, monkeypatch) == 0
     assert (workspace / "reports/evaluate.json").read_bytes() == before
@@ -123,7 +125,12 @@ def test_evaluating_again_writes_the_same_bytes_and_a_later_point_into_the_run(e
 
     client = MlflowClient(resolve_uri(load_config(workspace / "params.yaml"), workspace))
     (experiment,) = [item for item in client.search_experiments() if item.name == "raphael"]
-    (run,) = client.search_runs([experiment.experiment_id])
+    runs = client.search_runs([experiment.experiment_id])
+    (run,) = [run for run in runs if run.info.run_name.startswith("model-")]
+    own = [run for run in runs if run.info.run_name.startswith("evaluation-")]
+    assert len(own) == len(runs) - 1 == 2
+    assert all(one.data.tags["mlflow.parentRunId"] == run.info.run_id for one in own)
+    assert all(one.data.metrics == run.data.metrics for one in own)
     assert run.data.metrics["evaluate/shape_accuracy"] == json.loads(before)["shape_accuracy"]
     (model,) = client.search_logged_models([experiment.experiment_id])
     on_the_board = {metric.key: metric.value for metric in model.metrics}

@@ -25,7 +25,7 @@ def workspace(tmp_path, project):
     return tmp_path
 
 
-def test_numbers_go_into_the_run_that_trained_the_model_and_a_second_look_is_a_second_point(workspace):
+def test_numbers_go_into_a_run_of_their_own_and_into_the_one_that_trained_the_model_as_another_point(workspace):
     config = load_config(workspace / "params.yaml")
     uri = resolve_uri(config, workspace)
     run_id = create_run(config, workspace, "training")
@@ -40,8 +40,12 @@ def test_numbers_go_into_the_run_that_trained_the_model_and_a_second_look_is_a_s
     assert [item.path for item in client.list_artifacts(run_id, "evaluate")] == ["evaluate/drawbench-v1-cccccccc.json"]
     assert client.get_run(run_id).info.status == "FINISHED"
     log_report(report(0.5, "ef" * 8), {}, workspace / "params.yaml")  # a model of unknown training
-    names = {run.info.run_name for run in client.search_runs([client.get_run(run_id).info.experiment_id])}
-    assert names == {"training", "evaluate-efefefef"}
+    runs = client.search_runs([client.get_run(run_id).info.experiment_id])
+    names = [run.info.run_name for run in runs]
+    assert sorted(names) == ["evaluation-abababab"] * 2 + ["evaluation-efefefef", "model-efefefef", "training"]
+    own = [run for run in runs if run.info.run_name == "evaluation-abababab"]
+    assert {run.data.tags["mlflow.parentRunId"] for run in own} == {run_id}
+    assert {run.data.metrics["evaluate/drawbench/v1/clip_score_x"] for run in own} == {0.25, 0.75}
 
 
 def test_no_store_is_made_for_a_folder_that_is_no_tracked_workspaces(workspace):
