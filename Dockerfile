@@ -1,4 +1,4 @@
-# The same set-up as `make setup` on any machine: a test runs these steps outside a container, too.
+# The same set-up as by `make` on any machine: a test runs these steps outside a container, too.
 FROM python:3.11-slim
 
 RUN apt-get update \
@@ -15,8 +15,8 @@ ENV DO_NOT_TRACK=true \
 WORKDIR /raphael
 
 COPY . .
-# Without the repository's .git DVC works on the folder alone.
-RUN make setup && .venv/bin/dvc config --local core.no_scm true
+# `make cluster`, because the recipes in cluster/ run this image. Without the repository's .git DVC works on the folder alone.
+RUN make setup cluster && .venv/bin/dvc config --local core.no_scm true
 
 ENV PATH=/raphael/.venv/bin:$PATH
 CMD ["make", "demo"]

@@ -40,6 +40,10 @@ $(WHEN_DONE):
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@rm -f $(VENV)/.ready-* && touch $@
 
+.PHONY: cluster
+cluster: setup  ## add what a machine of a Ray cluster needs (ray job submit, ray up), from cluster/requirements.lock
+	@uv pip install --quiet --python $(BIN)/python --require-hashes $(COMPILE) --requirement cluster/requirements.lock
+
 .PHONY: demo
 demo: setup  ## the whole chain, from links to the report (SOURCE=coco COCO_DIR=folder: on those photographs)
 	@python -m flows.demo --source "$(SOURCE)" --coco-dir "$(COCO_DIR)"
@@ -92,9 +96,11 @@ bench: setup  ## the benchmarks, one after the other, then one table of all (hou
 	test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
 .PHONY: lock
-lock: setup  ## compile requirements.lock anew from pyproject.toml
+lock: setup  ## compile requirements.lock anew from pyproject.toml, and the cluster's from that
 	@uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-header --quiet --output-file requirements.lock
+	@uv pip compile cluster/requirements.in --constraint requirements.lock --universal --python-version 3.11 \
+		--generate-hashes --no-emit-index-url --no-header --quiet --output-file cluster/requirements.lock
 
 .PHONY: clean
 clean: down  ## remove what runs leave behind; data, models, reports, workspaces and DVC's cache stay

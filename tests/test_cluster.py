@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -111,15 +113,34 @@ def installed(package: str) -> Path:
 
 
 def locked(package: str) -> str:
-    lines = (PROJECT / "requirements.lock").read_text(encoding="utf-8").splitlines()
-    (version,) = [line.split("==")[1].split()[0] for line in lines if line.startswith((f"{package}==", f"{package}["))]
-    return version
+    return versions("requirements.lock")[package]
+
+
+def versions(file: str) -> dict[str, str]:
+    """Package -> version of a lock."""
+    text = (PROJECT / file).read_text(encoding="utf-8")
+    return dict(re.findall(r"^([a-z0-9._-]+)(?:\[.*?\])?==(\S+)", text, flags=re.MULTILINE))
 
 
 def test_the_autoscaling_cluster_fits_rays_own_schema():
     jsonschema = pytest.importorskip("jsonschema")
     schema = json.loads((installed("ray") / "autoscaler/ray-schema.json").read_text(encoding="utf-8"))
     jsonschema.validate(read("ray-cluster.yaml"), schema)
+
+
+def test_the_clusters_lock_agrees_with_the_projects_and_holds_all_that_rays_job_server_imports():
+    """Without ray[default] a head starts and `ray job submit` finds nobody: its job server is left out in silence."""
+    ours, clusters = versions("requirements.lock"), versions("cluster/requirements.lock")
+    assert {name: ours[name] for name in clusters if name in ours} == {
+        name: version for name, version in clusters.items() if name in ours
+    }
+    needed = [
+        re.match(r"[\w.-]+", line)[0].replace("_", "-").lower()
+        for line in metadata.requires("ray")
+        if re.search(r"extra == ['\"]default['\"]", line)
+    ]
+    assert "aiohttp-cors" in needed and set(needed) <= clusters.keys()
+    assert "make setup cluster" in (PROJECT / "Dockerfile").read_text(encoding="utf-8")
 
 
 def test_the_job_fits_kuberays_form():
