@@ -25,8 +25,8 @@ def flow_run_name() -> str | None:
 def one_run_over_all(root: Path, name: str | None, outcome: dict[str, str]) -> Iterator[None]:
     """Tell the stages started in the block the flow run's name, and end the MLflow run that they have made, if any.
 
-    outcome: what became of each stage, filled in the block. Finished, the run gets the evaluation's numbers and the
-    report, so that the rows of pipelines compare as those of trainings do; else it is FAILED or KILLED.
+    outcome: what became of each stage, filled in the block. The run gets the settings and, FINISHED, the evaluation's
+    numbers and the report, so that the rows of pipelines compare as those of trainings do; else it is FAILED or KILLED.
     """
     if name is None:
         yield
@@ -50,11 +50,13 @@ def _end(root: Path, name: str, outcome: dict[str, str], status: str) -> None:
     from raphael import tracking
     from raphael.config import load_config
 
-    uri = tracking.resolve_uri(load_config(root / "params.yaml"), root)
+    config = load_config(root / "params.yaml")
+    uri = tracking.resolve_uri(config, root)
     run_id = noted_run(root, name, tracking.public(uri))
     if run_id is None:
         return
     tracker = tracking.MlflowTracker(uri, run_id, tracking.journal_of(root, run_id))
+    tracker.params(tracking.all_settings(config))
     tracker.tags({f"stage.{stage}": what for stage, what in outcome.items()})
     if status == "FINISHED" and "evaluate" in outcome and (root / MEASURED).is_file():
         from raphael.evaluate.findings import MODEL, tracked_numbers

@@ -241,10 +241,15 @@ def create_run(
         warn_away(uri, error, "this run is not tracked there")
         return None
     tracker = MlflowTracker(uri, run_id, root / "work" / "tracking" / f"{run_id}.jsonl")
+    tracker.params({**all_settings(config), **(params or {})})
+    return run_id
+
+
+def all_settings(config: Config) -> dict[str, Any]:
+    """The configuration as a run has it, the preset's settings under `preset`."""
     settings = to_dict(config)
     del settings["file"]  # where they were read from is none, and would differ between runs that do not
-    tracker.params({**settings, "preset": to_dict(config.model.load()), **(params or {})})
-    return run_id
+    return {**settings, "preset": to_dict(config.model.load())}
 
 
 def reopen_run(uri: str, run_id: str, root: Path | None = None) -> bool:
