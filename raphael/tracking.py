@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
-from raphael.pipeline_run import PARENT, parent_run
+from raphael.pipeline_run import PARENT, SOURCE, parent_run
 from raphael.stage import read_json, write_json
 from raphael.strict import ConfigError, to_dict
 
@@ -226,14 +226,7 @@ def create_run(
             experiment_id = experiment.experiment_id
             if experiment.lifecycle_stage == "deleted":
                 client.restore_experiment(experiment_id)
-        revision = git_revision(root)
-        tags = {
-            "mlflow.source.type": "LOCAL",
-            "mlflow.source.name": "python -m raphael.train",
-            "git.revision": revision,
-        }
-        if revision != "unknown":
-            tags["mlflow.source.git.commit"] = revision.removesuffix("-dirty")
+        tags = source_tags(root)
         if parent := parent_run(client, experiment_id, root, public(uri), tags) or parent:
             tags = {**tags, PARENT: parent}
         run_id = client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
@@ -258,7 +251,7 @@ def reopen_run(uri: str, run_id: str, root: Path | None = None) -> bool:
         client = connect(uri)
         experiment_id = client.get_run(run_id).info.experiment_id
         client.update_run(run_id, status="RUNNING")
-        if root and (parent := parent_run(client, experiment_id, root, public(uri))):
+        if root and (parent := parent_run(client, experiment_id, root, public(uri), source_tags(root))):
             client.set_tag(run_id, PARENT, parent)
         return True
     except Exception as error:  # as in MlflowTracker.send
@@ -350,6 +343,15 @@ def git_revision(root: str | Path) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return result.stdout.strip() if result.returncode == 0 else "unknown"
+
+
+def source_tags(root: str | Path) -> dict[str, str]:
+    """What makes the run, and of which revision, under MLflow's names."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # None: a script, not `python -m`
+    name = f"python -m {module.name.removesuffix('.__main__')}" if module else Path(sys.argv[0]).name
+    revision = git_revision(root)
+    tags = {"mlflow.source.type": "LOCAL", SOURCE: name, "git.revision": revision}
+    return tags if revision == "unknown" else {**tags, "mlflow.source.git.commit": revision.removesuffix("-dirty")}
 
 
 def dvc_hashes(root: str | Path) -> dict[str, str]:

@@ -50,6 +50,7 @@ def test_finished_it_has_its_stages_the_numbers_and_the_report_and_is_the_run_th
     parent = client.get_run(client.get_run(child).data.tags[PARENT])
     assert (parent.info.run_name, parent.info.status) == (NAME, "FINISHED")
     assert parent.data.params == client.get_run(child).data.params, "what differs between pipelines is on their rows"
+    assert parent.data.tags["mlflow.source.name"] == "raphael/full"
     assert (parent.data.tags["stage.train"], parent.data.tags["stage.evaluate"]) == ("ran", "ran")
     assert parent.data.metrics == {"evaluate/total": 3, "evaluate/clip_score": 0.5, "evaluate/chance/clip_score": 0.1}
     assert [point.step for point in client.get_metric_history(parent.info.run_id, "evaluate/clip_score")] == [640]
