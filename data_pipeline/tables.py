@@ -165,12 +165,22 @@ class GroupWriter:
 
     def __init__(self, path: Path, schema: pa.Schema, integers: list[str]):
         """integers: columns stored by their differences. Dictionaries, parquet's default, cost a third of the
-        writing where most values are distinct."""
+        writing where most values are distinct; scores byte by byte are compressed better and sooner; the least and
+        the greatest text of a row group, which nobody asks for, cost 7 %."""
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         self.schema = schema
-        encoding = dict.fromkeys(integers, "DELTA_BINARY_PACKED")
-        self.writer = pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=False, column_encoding=encoding)
+        scores = [field.name for field in schema if pa.types.is_floating(field.type)]
+        encoding = dict.fromkeys(integers, "DELTA_BINARY_PACKED") | dict.fromkeys(scores, "BYTE_STREAM_SPLIT")
+        self.writer = pq.ParquetWriter(
+            path,
+            schema,
+            compression="zstd",
+            use_dictionary=False,
+            column_encoding=encoding,
+            write_statistics=[field.name for field in schema if not pa.types.is_string(field.type)],
+        )
         self.waiting: list[pa.Table] = []
         self.rows = 0
 
