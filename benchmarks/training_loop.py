@@ -146,6 +146,8 @@ def extras_timed() -> Iterator[Stopwatch]:
 
 def by_loop(job: tuple[str, str, int], world: Any) -> None:
     """Train by raphael.train.loop; the times of the steps go to <way>.json. Runs here, or in a Ray worker."""
+    import torch
+
     from raphael import tracking
     from raphael.train.denoiser import Folders, build_denoising
     from raphael.train.loop import Hooks, train
@@ -153,6 +155,7 @@ def by_loop(job: tuple[str, str, int], world: Any) -> None:
     home, way, steps = job
     folder = Path(home)
     config = settings(folder, way, steps)
+    torch.set_num_threads(1)  # fit() gives a lone worker all cores: it would be compared with loops on one
     objective, records = build_denoising(config, Folders.of(folder, folder / "work" / way))
     data, ends = TimedData(records), [time.perf_counter()]
     tracker = tracking.NullTracker()

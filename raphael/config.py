@@ -45,6 +45,7 @@ class LoopConfig:
     ema_decay: Annotated[float, Range(0, 0.999999)]  # 0: no average
     ema_more_decays: tuple[Annotated[float, Range(0, 0.999999)], ...]  # further averages, exported as ema_<decay>
     ema_start_images: NonNegative  # averages begin here, at the weights of then; until then they are the weights
+    ema_every_steps: Count  # averages take in the weights at every so many-th step, for all steps since
     ema_on_cpu: bool  # averages lie in main memory where the model is on a GPU
     precision: Literal["auto", "fp32", "bf16"]  # auto: bf16 where the processor multiplies it natively
     log_every_images: Count

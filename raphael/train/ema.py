@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import torch
@@ -19,11 +20,15 @@ class Ema:
 
     start: the training's step after which the average begins, as a copy of the parameters of then (n = 0). Until then
     it is the parameters themselves. 0: it begins at the first weights.
+    every: the parameters are taken in at every so many-th step only, with the share 1 - prod d of those steps together:
+    what the formula gives where they stood still in between. The average is then up to every - 1 steps late.
     on_cpu: it lies in main memory where the parameters are on another device; the same average up to rounding.
     """
 
-    def __init__(self, parameters: dict[str, Tensor], decay: float, start: int = 0, on_cpu: bool = False):
-        self.parameters, self.decay, self.start = parameters, decay, start
+    def __init__(
+        self, parameters: dict[str, Tensor], decay: float, start: int = 0, every: int = 1, on_cpu: bool = False
+    ):
+        self.parameters, self.decay, self.start, self.every = parameters, decay, start, every
         self.count = 0  # the training's steps so far
         apart = on_cpu and any(tensor.device.type != "cpu" for tensor in parameters.values())
         copies = {name: tensor.detach().cpu() if apart else tensor.detach() for name, tensor in parameters.items()}
@@ -41,7 +46,10 @@ class Ema:
         if not self.begun:
             return
         n = count - self.start
-        share = 1 - min(self.decay, (1 + n) / (10 + n)) if n else 1.0
+        if n % self.every:
+            return
+        kept = math.prod(min(self.decay, (1 + i) / (10 + i)) for i in range(n - self.every + 1, n + 1)) if n else 0.0
+        share = 1 - kept
         if self.landing is not None:
             self._settle()
             self.landing.take(self.parameters, share)

@@ -43,7 +43,8 @@ class State:
         self.optimizer = make_optimizer(objective, loop)
         start = -(-loop.ema_start_images // loop.batch_size)
         self.averages = {
-            name: Ema(self.parameters, decay, start, loop.ema_on_cpu) for name, decay in loop.averages.items()
+            name: Ema(self.parameters, decay, start, loop.ema_every_steps, loop.ema_on_cpu)
+            for name, decay in loop.averages.items()
         }
         self.images = 0
         self.sums: dict[str, Tensor] = {}

@@ -128,6 +128,23 @@ def test_an_average_that_starts_late_is_the_weights_until_then_and_forgets_what_
         torch.testing.assert_close(ema.weights()["w"], truth)
 
 
+def test_an_average_of_every_fourth_step_is_that_of_every_step_where_the_weights_stand_still_in_between():
+    weight = nn.Parameter(torch.zeros(3))
+    each, fourth = Ema({"w": weight}, 0.7, start=2), Ema({"w": weight}, 0.7, start=2, every=4)
+    for count in range(1, 31):
+        with torch.no_grad():  # new weights right after an update
+            weight += count * (count < 3 or (count - 2) % 4 == 1)
+        each.update(count)
+        fourth.update(count)
+        if count < 2:
+            assert torch.equal(fourth.weights()["w"], weight)
+        elif (count - 2) % 4 == 0:
+            torch.testing.assert_close(fourth.weights()["w"], each.weights()["w"])
+            now = fourth.weights()["w"].clone()
+        else:
+            assert torch.equal(fourth.weights()["w"], now)
+
+
 def test_an_average_in_main_memory_is_the_same_whenever_it_is_looked_at():
     """The landing is what an average of a GPU's parameters goes through; here it lands from main memory itself."""
     weight = nn.Parameter(torch.zeros(5, 2))

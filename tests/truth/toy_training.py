@@ -17,7 +17,7 @@ from raphael.config import LoopConfig
 LOOP = LoopConfig(
     num_images=480, batch_size=8, optimizer="adamw", learning_rate=3e-3, warmup_images=40, schedule="cosine",
     weight_decay=0.01, betas=(0.9, 0.99), clip_norm=0.5, max_bad_steps=1, spike_factor=0.0, ema_decay=0.9,
-    ema_more_decays=(), ema_start_images=0, ema_on_cpu=False, heldout_every_images=0,
+    ema_more_decays=(), ema_start_images=0, ema_every_steps=1, ema_on_cpu=False, heldout_every_images=0,
     precision="fp32", log_every_images=40, checkpoint_every_images=96, sample_every_images=160,
     keep_checkpoints=2,
 )  # fmt: skip
