@@ -3,12 +3,12 @@ is one), pyarrow and pandas doing the same, without and with the search for dupl
 
 The list is made up: LAION's columns, one url in 20 a repetition, random scores. All apply the same rules (url, caption
 length, scores, size, shape), drop later rows of a url and write url, caption and numbers to a new parquet. Each runs in
-a process of its own, by turns; its memory is the process's peak. The peers count no reasons and hold what they keep in
-memory, as scripts do; ours counts, and spills.
+a process of its own, by turns; its memory is the process's peak. The peers count no reasons (but one of polars, beside)
+and hold what they keep in memory, as scripts do; ours counts, and spills.
 
 polars is none of the project's dependencies: `--polars-python` names a Python of another environment that has it.
 
-    python benchmarks/select_rows.py [--rows 10000000] [--repeats 3] [--polars-python PATH] [--quick]
+    python benchmarks/select_rows.py [--rows 10000000] [--repeats 3] [--polars-python PATH] [--name NAME] [--quick]
 """
 
 from __future__ import annotations
@@ -82,14 +82,14 @@ def rules_of_project() -> tuple:
     return config.filter, config.select
 
 
-def polars(python: str, folder: Path, unique: bool, streaming: bool) -> dict[str, Any]:
+def polars(python: str, folder: Path, unique: bool, way: str) -> dict[str, Any]:
     """One run of the peer by a Python that has polars (benchmarks/_polars_rows.py)."""
     rules, lengths = rules_of_project()
     asked = {
         "list": str(folder / "data/source/metadata.parquet"),
         "out": str(folder / "polars.parquet"),
         "unique": unique,
-        "streaming": streaming,
+        "way": way,
         "rules": {**dataclasses.asdict(rules), **dataclasses.asdict(lengths), "url": URL},
     }
     script = Path(__file__).with_name("_polars_rows.py")
@@ -148,6 +148,7 @@ def pandas_script(folder: Path, unique: bool) -> int:
     return len(rows)
 
 
+POLARS = {"polars": "collect", "polars streaming": "sink", "polars streaming, counting reasons": "counts"}
 PEERS = {"pyarrow": pyarrow_script, "pandas": pandas_script}
 
 
@@ -189,8 +190,7 @@ def compare(
     """By turns, the best of each by the clock. python: one that has polars, if any."""
     ways = {name: functools.partial(run, PEERS[name], folder, unique) for name in peers}
     if python:
-        ways["polars"] = functools.partial(polars, python, folder, unique, False)
-        ways["polars streaming"] = functools.partial(polars, python, folder, unique, True)
+        ways |= {who: functools.partial(polars, python, folder, unique, way) for who, way in POLARS.items()}
     ways["ours"] = functools.partial(run, ours, folder, unique)
     turns = {who: [] for who in ways}
     for _ in range(repeats):
@@ -234,6 +234,7 @@ def main() -> None:
     parser.add_argument(
         "--polars-python", metavar="PATH", help="a Python that has polars (default: this one, if it has)"
     )
+    parser.add_argument("--name", default="select_rows", help="of the result's file (default: %(default)s)")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS), help="beside polars")
     parser.add_argument("--quick", action="store_true", help="50,000 rows, once; nothing is kept")
     arguments = parser.parse_args()
@@ -249,7 +250,7 @@ def main() -> None:
         print("| who | dedup | kept | s | rows/s | CPU s | peak MB |\n| --- | --- | --- | --- | --- | --- | --- |")
         results = [row for unique in (False, True) for row in compare(folder, rows, unique, peers, python, repeats)]
     if not arguments.quick:
-        keep("select_rows", results, summarised(results), peers=sorted({row["who"] for row in results} - {"ours"}))
+        keep(arguments.name, results, summarised(results), peers=sorted({row["who"] for row in results} - {"ours"}))
 
 
 if __name__ == "__main__":

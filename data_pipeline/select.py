@@ -182,7 +182,7 @@ class _Stream:
             ID: pa.array(chosen + self.total),
             URL: texts[URL],
             CAPTION: texts[CAPTION],
-            **{part: _nulls_for_nan(values.take(chosen)) for part, values in numbers.items()},
+            **{part: _nulls_for_nan(values.take(chosen, mode="clip")) for part, values in numbers.items()},
         }
         self.total += rows
         alive = apply(self._link_rules(texts), numbers, np.ones(len(chosen), bool), self.dropped)
@@ -258,7 +258,7 @@ class _Stream:
             spoken = pc.is_in(texts[LANGUAGE], value_set=pa.array(select.languages, pa.string()))
             rules.append(rule("other language", ~spoken.to_numpy(zero_copy_only=False)))
         if self.opt_out:
-            rules.append(rule("opted out", self.opt_out.marks(url.to_pylist(), texts[MD5].to_pylist())))
+            rules.append(rule("opted out", self.opt_out.marks(url, texts[MD5])))
         return rules
 
 

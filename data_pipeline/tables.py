@@ -6,6 +6,7 @@ Addresses are paths of this machine or anything fsspec knows (`hf://`, `s3://`, 
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 # Without it pyarrow takes a row group's column into memory whole, and foreign files have row groups of gigabytes.
 BUFFER_BYTES, REMOTE_BUFFER_BYTES = 1 << 20, 8 << 20  # of each column that is read at a time
+DEPTH = 4  # batches that wait to be judged, and to be written: a row group is written at once, several batches' time
 GROUP_ROWS = 131_072  # a row group of the tables that we write
 
 
@@ -48,7 +50,9 @@ def open_parquet(address: str | Path):
 
     size = REMOTE_BUFFER_BYTES if is_remote(address) else BUFFER_BYTES
     try:
-        return pq.ParquetFile(open_file(address) if is_remote(address) else address, buffer_size=size)
+        # pre_buffer, pyarrow's default, fetches a row group whole, whatever buffer_size says
+        source = open_file(address) if is_remote(address) else address
+        return pq.ParquetFile(source, buffer_size=size, pre_buffer=False)
     except FileNotFoundError:
         raise StageError(f"{address}: no such file; run the stage that makes it (dvc repro)") from None
     except (pa.ArrowInvalid, OSError) as error:
@@ -119,45 +123,55 @@ def has_threads() -> bool:
 
 
 def ahead(items: Iterable[Any]) -> Iterator[Any]:
-    """The items in their order, the next one being made by a thread while this one is worked on."""
+    """The items in their order, the next DEPTH being made by a thread while one is worked on."""
     if not has_threads():
         yield from items
         return
     iterator, end = iter(items), object()
     with ThreadPoolExecutor(1, "ahead") as pool:
-        upcoming = pool.submit(next, iterator, end)
-        while (item := upcoming.result()) is not end:
-            upcoming = pool.submit(next, iterator, end)
+        upcoming = deque(pool.submit(next, iterator, end) for _ in range(DEPTH))
+        while (item := upcoming.popleft().result()) is not end:
+            upcoming.append(pool.submit(next, iterator, end))
             yield item
 
 
 class Behind:
-    """`with Behind(function) as later: later(item)`: calls one after the other in a thread, one waiting at most.
+    """`with Behind(function) as later: later(item)`: calls one after the other in a thread, DEPTH waiting at most.
 
-    An error of a call is raised by the next one, or at the end.
+    After a call that failed no other is made; its error is raised by the next that is asked for, or at the end.
     """
 
     def __init__(self, function: Callable[..., Any]):
         self.function = function
         self.pool = ThreadPoolExecutor(1, "behind") if has_threads() else None
-        self.last: Future | None = None
+        self.waiting: deque[Future] = deque()
+        self.error: BaseException | None = None
 
     def __call__(self, *items: Any) -> None:
         if self.pool is None:
             self.function(*items)
             return
-        if self.last is not None:
-            self.last.result()
-        self.last = self.pool.submit(self.function, *items)
+        if len(self.waiting) > DEPTH:
+            self.waiting.popleft().result()
+        if self.error is not None:
+            raise self.error
+        self.waiting.append(self.pool.submit(self._call, *items))
+
+    def _call(self, *items: Any) -> None:
+        if self.error is None:
+            try:
+                self.function(*items)
+            except BaseException as error:
+                self.error = error
 
     def __enter__(self) -> Behind:
         return self
 
     def __exit__(self, kind: object, *rest: object) -> None:
         if self.pool is not None:
-            self.pool.shutdown(wait=True)
-        if kind is None and self.last is not None:
-            self.last.result()
+            self.pool.shutdown(wait=True, cancel_futures=kind is not None)
+        if kind is None and self.error is not None:
+            raise self.error
 
 
 class GroupWriter:
@@ -176,7 +190,7 @@ class GroupWriter:
         self.writer = pq.ParquetWriter(
             path,
             schema,
-            compression="zstd",
+            compression={field.name: "lz4" if field.name in scores else "zstd" for field in schema},
             use_dictionary=False,
             column_encoding=encoding,
             write_statistics=[field.name for field in schema if not pa.types.is_string(field.type)],
