@@ -14,7 +14,7 @@ import functools
 import hashlib
 import re
 import urllib.parse
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,11 +23,10 @@ from raphael.stage import StageError
 
 if TYPE_CHECKING:
     import numpy as np
-    import pyarrow as pa
 
 _HASHES = {"md5": re.compile(r"[0-9a-f]{32}"), "sha256": re.compile(r"[0-9a-f]{64}")}
-_PLAIN_HOST = r"^(?i:https?)://(?P<host>[A-Za-z0-9.-]+)(?:[/?#]|$)"  # no user, no port, no other letters
-_NONE, _ALL, _LOOK = 0, 1, 2  # of a host's addresses: none is opted out, all are, each has to be looked at
+_PLAIN_HOST = re.compile(r"https?://([A-Za-z0-9.-]+)(?=[/?#]|\Z)")  # no user, no port, no letters beyond ASCII
+MOST_HOSTS = 1_000_000  # that are remembered
 _DOMAIN = re.compile(r"(?:[\w-]+\.)+[\w-]+")
 
 
@@ -80,40 +79,44 @@ class OptOut:
         kinds = {"urls": self.urls, "domains": self.domains, "md5": self.md5, "sha256": self.sha256}
         return {name: len(entries) for name, entries in kinds.items()}
 
-    def marks(self, urls: pa.Array, md5: pa.Array) -> np.ndarray:
-        """Which rows are opted out, bool (n,), by address and by the list's own md5; both columns are of strings, nulls
-        allowed. What has_url says of each, but by hosts: only where one has addresses on the list, or is written in an
-        unusual way, is the address taken apart, which takes microseconds."""
+    def marks(self, urls: Sequence[str | None], md5: Sequence[str | None]) -> np.ndarray:
+        """Which rows are opted out, bool (n,), by address and by the list's own md5."""
         import numpy as np
-        import pyarrow as pa
-        import pyarrow.compute as pc
 
-        marked = pc.is_in(pc.ascii_lower(md5), pa.array(sorted(self.md5), pa.string())).to_numpy(zero_copy_only=False)
-        if not (self.urls or self.domains):
-            return marked
-        hosts = pc.struct_field(pc.extract_regex(urls, _PLAIN_HOST), "host").dictionary_encode()
-        verdicts = np.array([*map(self._verdict, hosts.dictionary.to_pylist()), _LOOK], np.int8)
-        rows = verdicts[hosts.indices.fill_null(-1).to_numpy()]  # no usual host: the last verdict
-        looked_at = np.flatnonzero(rows == _LOOK)
-        found = [self.has_url(url) for url in urls.take(pa.array(looked_at)).to_pylist()]
-        rows[looked_at] = np.where(found, _ALL, _NONE)
-        return marked | (rows == _ALL)
+        pairs = zip(urls, md5, strict=True)
+        return np.fromiter(
+            (self.has_url(url) or bool(digest) and digest.lower() in self.md5 for url, digest in pairs), bool
+        )
 
-    def _verdict(self, host: str) -> int:
-        host = _ascii(host)
-        if any(domain in self.domains for domain in _parents(host)):
-            return _ALL
-        return _LOOK if host in self._hosts else _NONE
+    def has_url(self, url: str | None) -> bool:
+        if not url or not (self.urls or self.domains):
+            return False
+        if (plain := _PLAIN_HOST.match(url)) and (verdict := self._of_host(plain[1])) is not None:
+            return verdict
+        address, host = bare(url)
+        return address in self.urls or self._has_domain(host)
+
+    def _of_host(self, host: str) -> bool | None:
+        """Whether all addresses of a host are opted out, or none; None: it depends. Remembered: a release has millions
+        of addresses on thousands of hosts, and taking one apart takes ten times as long."""
+        known = self._known
+        if host not in known:
+            if len(known) >= MOST_HOSTS:
+                known.clear()
+            name = _ascii(host)
+            known[host] = True if self._has_domain(name) else None if name in self._hosts else False
+        return known[host]
+
+    def _has_domain(self, host: str) -> bool:
+        return any(domain in self.domains for domain in _parents(host))
 
     @functools.cached_property
     def _hosts(self) -> frozenset[str]:
         return frozenset(address.split("/")[0] for address in self.urls)
 
-    def has_url(self, url: str | None) -> bool:
-        if not url or not (self.urls or self.domains):
-            return False
-        address, host = bare(url)
-        return address in self.urls or any(domain in self.domains for domain in _parents(host))
+    @functools.cached_property
+    def _known(self) -> dict[str, bool | None]:
+        return {}
 
     def has_sha256(self, digests: Iterable[str | None]) -> bool:
         return any(digest in self.sha256 for digest in digests)

@@ -258,7 +258,7 @@ class _Stream:
             spoken = pc.is_in(texts[LANGUAGE], value_set=pa.array(select.languages, pa.string()))
             rules.append(rule("other language", ~spoken.to_numpy(zero_copy_only=False)))
         if self.opt_out:
-            rules.append(rule("opted out", self.opt_out.marks(url, texts[MD5])))
+            rules.append(rule("opted out", self.opt_out.marks(url.to_pylist(), texts[MD5].to_pylist())))
         return rules
 
 
