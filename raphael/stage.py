@@ -25,6 +25,7 @@ from raphael.config import Config, load_config
 from raphael.strict import ConfigError
 
 HASHED_WHOLE_BYTES = 64 << 20  # larger inputs are known by size and time of change: hashing terabytes would take hours
+TERMINATED = 143  # the status of a process that SIGTERM ended
 
 
 class StageError(Exception):
@@ -142,7 +143,7 @@ def one_clear_line(name: str) -> Iterator[_Outcome]:
     SIGTERM becomes SystemExit, so that `finally` blocks run and children end. Programming errors keep their traceback.
     """
     outcome = _Outcome()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         yield outcome
     except (StageError, ConfigError) as error:
@@ -157,6 +158,10 @@ def one_clear_line(name: str) -> Iterator[_Outcome]:
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command goes on from here", file=sys.stderr)
         outcome.status = 130
+    except SystemExit as end:
+        if end.code == TERMINATED:
+            print(f"{name}: terminated; the same command goes on from here", file=sys.stderr)
+        raise
 
 
 def write_json(path: Path, data: Any) -> None:

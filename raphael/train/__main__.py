@@ -125,11 +125,18 @@ def start_run(config: Config, stage: Stage, folders: Folders) -> Job:
 
 def work(job: Job, watcher: Watcher) -> None:
     """Train to the end, in this process or by Ray workers."""
+    job.folders.events.unlink(missing_ok=True)
+    job.folders.events.touch()
+    try:
+        _work(job, watcher)
+    finally:
+        watcher()  # what was said last: where a stopped training goes on, say
+
+
+def _work(job: Job, watcher: Watcher) -> None:
     from raphael.train.denoiser import train_denoiser
 
     train = job.config.train
-    job.folders.events.unlink(missing_ok=True)
-    job.folders.events.touch()
     if train.num_workers == 0:
         from raphael.train.loop import World
 
@@ -152,7 +159,6 @@ def work(job: Job, watcher: Watcher) -> None:
             checkpoints=job.folders.checkpoints,
         )
         fit(train_denoiser, job, cluster, watcher, lambda line: watcher.print(f"train: {line}"))
-    watcher()
 
 
 class Watcher:

@@ -150,8 +150,14 @@ class Replica:
 
     @contextlib.contextmanager
     def drawing(self) -> Iterator[None]:
-        """Inside, the network may be called for pictures: by rank 0 alone, or by all ranks where it is shared out."""
+        """Inside, the network may be called for pictures: by rank 0 alone, or by all ranks where it is shared out.
+
+        Its weights are gathered at once: what is computed once for all steps (raphael/net/memory.py) asks blocks for
+        their parts, and only a block's own forward would gather them.
+        """
         self.objective.eval()
+        if self.world.sharded:
+            gather(self.objective)
         yield
         self.objective.train()
         if self.world.sharded:
@@ -192,6 +198,15 @@ class Replica:
             f"{', '.join(on)}; {memory} = {sum(parts.values()) / 2**20:,.1f} MiB a worker, activations beside; "
             f"{copied / 2**20:,.1f} MiB of main memory while a checkpoint is written"
         )
+
+
+def gather(objective: nn.Module) -> None:
+    """Gather what is shared out, on all ranks together, until `release`."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in objective.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
 
 
 def release(objective: nn.Module) -> None:

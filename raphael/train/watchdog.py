@@ -30,8 +30,8 @@ class WorkerLost(RuntimeError):
 class Watchdog:
     """`with Watchdog(world, say) as watchdog: ... watchdog.at("reading data", images)`. Alone in its world: nothing.
 
-    say: hears the line on the rank that has waited for the whole limit, before torch ends anything. Inside, an error of
-    torch's transport becomes WorkerLost.
+    say: hears the line on one of the ranks that have waited for the whole limit, before torch ends anything, or after
+    it has. Inside, an error of torch's transport becomes WorkerLost.
     """
 
     def __init__(self, world: World, say: Callable[[str], None]):
@@ -43,6 +43,7 @@ class Watchdog:
         # what the other ranks wrote, and when that was new to us
         self.heard = {rank: ("0|starting", self.read_s) for rank in range(world.size) if rank != world.rank}
         self.done = threading.Event()
+        self.said = False
 
     def at(self, what: str, images: int) -> None:
         """This rank is now at `what`. Costs nothing: the thread writes it down."""
@@ -62,39 +63,46 @@ class Watchdog:
             # one that died just now was heard a moment ago: listen until its silence tells it from the others
             time.sleep((SILENT_PERIODS + 1) * self.period_s)
             self.done.set()
+            self._speak(waited_s, str(error))
             raise WorkerLost(self.line(waited_s, str(error))) from error
         self.done.set()
 
     def line(self, waited_s: float, error: str = "") -> str:
         """Who is missing, as far as this rank can tell; where it cannot, torch's words."""
         what, images = self.place
-        missing = self.missing()
-        names = ", ".join(missing) or f"another worker ({' '.join(error.split())[:200] or 'all give signs of life'})"
+        names = ", ".join(self.missing().values()) or f"another worker ({' '.join(error.split())[:200] or 'all give signs of life'})"
         return (
             f"worker {self.world.rank} waited {waited_s:.0f} s ({what}, after {images:,} images) for {names}; the "
             f"limit is train.parallel.collective_timeout_s {self.limit_s:g}; the last checkpoint is whole and the same "
             "command goes on from it"
         )
 
-    def missing(self) -> list[str]:
-        """The silent ones; where there is none, those that are somewhere else."""
+    def missing(self) -> dict[int, str]:
+        """The silent ones by rank, in words; where there is none, those that are somewhere else."""
         now, quiet_s = time.monotonic(), SILENT_PERIODS * self.period_s
         if now - self.read_s > quiet_s:  # the store lives in the process of rank 0
-            return ["worker 0 (stopped or dead: nothing can be read from it)"]
-        silent, elsewhere = [], []
+            return {0: "worker 0 (stopped or dead: nothing can be read from it)"}
+        silent, elsewhere = {}, {}
         for rank, (place, heard_s) in sorted(self.heard.items()):
             place = place.split("|")[1]
             if now - heard_s > quiet_s:
-                silent.append(f"worker {rank} (stopped or dead: silent for {now - heard_s:.0f} s, last {place})")
+                silent[rank] = f"worker {rank} (stopped or dead: silent for {now - heard_s:.0f} s, last {place})"
             elif place != _words(self.place):
-                elsewhere.append(f"worker {rank} (hangs: {place})")
+                elsewhere[rank] = f"worker {rank} (hangs: {place})"
         return silent or elsewhere
+
+    def _speak(self, waited_s: float, error: str = "") -> None:
+        """Say who is missing, once, and as the first of those that wait: one line from a group of hundreds."""
+        present = set(range(self.world.size)) - self.missing().keys()
+        if not self.said and self.world.rank == min(present):
+            self.said = True
+            self.say(self.line(waited_s, error))
 
     def _follow(self) -> None:
         store = torch.distributed.distributed_c10d._get_default_store()
         with contextlib.suppress(Exception):
             store = store.clone()  # a connection of its own, where the kind of store has one
-        said, count = False, 0
+        count = 0
         while True:
             count += 1
             with contextlib.suppress(Exception):  # the store goes away when rank 0 ends
@@ -105,9 +113,8 @@ class Watchdog:
                         if place != known:
                             self.heard[rank] = place, time.monotonic()
                 self.read_s = time.monotonic()
-            if not said and time.monotonic() - self.since_s > self.limit_s:
-                said = True
-                self.say(self.line(time.monotonic() - self.since_s))
+            if time.monotonic() - self.since_s > self.limit_s:
+                self._speak(time.monotonic() - self.since_s)
             if self.done.wait(self.period_s):
                 return
 

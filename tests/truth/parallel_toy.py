@@ -22,6 +22,7 @@ from raphael.net.unet import UNet
 from raphael.objectives.denoising import DenoisingObjective, LatentScale
 from raphael.preset import load_preset
 from raphael.records import EDGES, MOMENTS, TOKEN_IDS
+from raphael.sampling import Parts, Sampling, draw_latents
 from raphael.train.world import PLAIN
 
 SHORT = replace(LOOP, num_images=80, log_every_images=40, checkpoint_every_images=40, sample_every_images=40)
@@ -143,10 +144,14 @@ def run_denoising(folder: Path, parallel: ParallelConfig, world_size: int = 1, r
     )
     objective, drawn = denoising(), {}
 
+    def encode(texts):
+        context = torch.linspace(-1, 1, 2 * 16 * 32).view(2, 16, 32)
+        return TextCondition(context[[len(text) for text in texts]], torch.ones(len(texts), 16, dtype=torch.bool))
+
+    parts = Parts(objective.unet, objective.schedule, objective.prediction, encode, torch.nn.Identity(), (4, 8, 8))
+
     def draw(images, weights):
-        with torch.no_grad():
-            context = torch.linspace(-1, 1, 2 * 16 * 32).view(2, 16, 32)
-            drawn[images] = objective.unet(torch.ones(2, 4, 8, 8), torch.tensor([9, 700]), context).prediction.clone()
+        drawn[images] = draw_latents(parts, ["", "a"], [(0, 0), (0, 1)], Sampling(steps=3)).clone()
 
     result = train(
         objective, LatentData(), loop, 7, folder=folder, world=World(rank, world_size, "cpu", parallel),
