@@ -8,6 +8,7 @@ import pytest
 from truth.tiny_raphael import small_unet, write_pipeline
 
 from flows.finetune import Request, make
+from flows.workspace import make_workspace
 from raphael.checkpoint import checkpoint_sha256
 from raphael.config import load_config
 from raphael.preset import load_preset
@@ -68,3 +69,14 @@ def test_the_raphael_command_hands_its_options_on(model, tmp_path):
     train = load_config(tmp_path / "space" / "params.yaml").train
     assert train.loop.learning_rate == 3e-5 and train.seed == 7
     assert json.dumps(str(tmp_path / "space")).strip('"') in done.stdout
+
+
+def test_a_workspace_can_be_fine_tuned_from_like_the_project(model, tmp_path):
+    """Its code is a copy, and asks for the project's files beside itself."""
+    inside = make_workspace(tmp_path / "inside", [])
+    pictures = request(model, tmp_path).data
+    command = [sys.executable, "-m", "flows.finetune", "--from", str(model), "--data", str(pictures)]
+    command += ["--out", str(tmp_path / "space"), "--only-make"]
+    done = subprocess.run(command, cwd=inside, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert load_config(tmp_path / "space" / "params.yaml").source.kind == "folder"
