@@ -8,7 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from truth.training_workspace import ROOT, write_workspace
 
 from raphael.checkpoint import read_checkpoint
@@ -93,6 +95,21 @@ def test_the_stage_leaves_a_whole_pipeline_folder_and_a_report(trained):
     assert CheckpointHome(home).best() == {
         "checkpoint": f"{best:012d}", "metric": "heldout/ema/denoise", "value": measured[best],
     }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_ray_workers_that_share_the_weights_out_measure_and_draw_what_one_process_does(trained, tmp_path):
+    parallel = {"strategy": "fsdp2", "checkpoint_activations": "blocks"}
+    write_workspace(tmp_path, {"train": {"num_workers": 2, "num_heldout": 8, "parallel": parallel, "loop": LOOP}})
+    process = start(tmp_path)
+    out, error = process.communicate(timeout=600)
+    assert process.returncode == 0 and "2 workers (fsdp2) on cpu" in out, error
+    model, alone = tmp_path / "models/raphael", trained[0] / "models/raphael"
+    for point, expected in zip(*(json.loads((path / "heldout.json").read_text()) for path in (model, alone)), strict=True):
+        assert point == pytest.approx(expected, rel=0.02)
+    for name in ("000000.png", "000032.png", "000064.png", "raw/000064.png"):
+        drawn, expected = (np.asarray(Image.open(path / "samples" / name), float) for path in (model, alone))
+        assert drawn.shape == expected.shape and np.abs(drawn - expected).mean() < 8, name
 
 
 @pytest.mark.slow
