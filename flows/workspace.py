@@ -18,7 +18,13 @@ from raphael.strict import ConfigError
 
 PROJECT = Path(__file__).resolve().parent.parent
 CODE = ("raphael", "data_pipeline", "flows")
-FILES = ("dvc.yaml", "prefect.toml", ".dvcignore", "params.coco.yaml", "params.debug.yaml")  # what its own code asks for
+FILES = (
+    "dvc.yaml",
+    "prefect.toml",
+    ".dvcignore",
+    "params.coco.yaml",
+    "params.debug.yaml",
+)  # what its own code asks for
 DVC_CONFIG = """[core]
     no_scm = true
     analytics = false

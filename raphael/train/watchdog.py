@@ -70,7 +70,10 @@ class Watchdog:
     def line(self, waited_s: float, error: str = "") -> str:
         """Who is missing, as far as this rank can tell; where it cannot, torch's words."""
         what, images = self.place
-        names = ", ".join(self.missing().values()) or f"another worker ({' '.join(error.split())[:200] or 'all give signs of life'})"
+        names = (
+            ", ".join(self.missing().values())
+            or f"another worker ({' '.join(error.split())[:200] or 'all give signs of life'})"
+        )
         return (
             f"worker {self.world.rank} waited {waited_s:.0f} s ({what}, after {images:,} images) for {names}; the "
             f"limit is train.parallel.collective_timeout_s {self.limit_s:g}; the last checkpoint is whole and the same "

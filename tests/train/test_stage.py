@@ -105,7 +105,9 @@ def test_two_ray_workers_that_share_the_weights_out_measure_and_draw_what_one_pr
     out, error = process.communicate(timeout=600)
     assert process.returncode == 0 and "2 workers (fsdp2) on cpu" in out, error
     model, alone = tmp_path / "models/raphael", trained[0] / "models/raphael"
-    for point, expected in zip(*(json.loads((path / "heldout.json").read_text()) for path in (model, alone)), strict=True):
+    for point, expected in zip(
+        *(json.loads((path / "heldout.json").read_text()) for path in (model, alone)), strict=True
+    ):
         assert point == pytest.approx(expected, rel=0.02)
     for name in ("000000.png", "000032.png", "000064.png", "raw/000064.png"):
         drawn, expected = (np.asarray(Image.open(path / "samples" / name), float) for path in (model, alone))

@@ -19,7 +19,10 @@ def watchdog_of(rank: int, silent: tuple[int, ...], elsewhere: tuple[int, ...] =
     now = time.monotonic()
     for other in watchdog.heard:
         place = "reading its batch" if other in elsewhere else "computing"
-        watchdog.heard[other] = f"7|{place} after 40 images", now - 100 * (other in silent) + 100 * (other not in silent)
+        watchdog.heard[other] = (
+            f"7|{place} after 40 images",
+            now - 100 * (other in silent) + 100 * (other not in silent),
+        )
     watchdog.read_s = now + 100 if store_read else now - 100
     return watchdog, said
 
@@ -39,7 +42,9 @@ def test_one_of_those_that_wait_speaks_once_and_of_the_silent_ones_first(silent,
         watchdog._speak(31.0)
         assert len(said) == (rank == speaker), (rank, said)
         if said:
-            assert said[0].startswith(f"worker {rank} waited 30 s (computing, after 40 images) for ") and words in said[0]
+            assert (
+                said[0].startswith(f"worker {rank} waited 30 s (computing, after 40 images) for ") and words in said[0]
+            )
             assert "hangs" not in said[0] or not silent
 
 
