@@ -43,7 +43,7 @@ def test_what_is_remembered_of_a_host_is_what_each_of_its_addresses_would_give(o
     parts = (
         ("http://", "https://", "HTTP://", "ftp://", " http://", "//", ""),
         ("", "", "", "user@", "a@b:c@"),
-        ("a.example", "A.example.", "studio.example", "x.Studio.example", "b.example", "b\u00fccher.example", "[::1]", "a_b.c"),
+        ("a.example", "A.example.", "studio.example", "x.Studio.example", "b\u00fccher.example", "[::1]", "a_b.c"),
         ("", "", "", ":80", ":x", "\\", "\t", "\n"),
         ("/art/1.jpg?size=2", "/art/%31.jpg?size=2#x", "/other", "", "?size=2", "#/art/1.jpg"),
     )  # fmt: skip
