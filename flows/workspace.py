@@ -18,13 +18,8 @@ from raphael.strict import ConfigError
 
 PROJECT = Path(__file__).resolve().parent.parent
 CODE = ("raphael", "data_pipeline", "flows")
-FILES = (
-    "dvc.yaml",
-    "prefect.toml",
-    ".dvcignore",
-    "params.coco.yaml",
-    "params.debug.yaml",
-)  # what its own code asks for
+OVERLAYS = ("params.coco.yaml", "params.debug.yaml")  # which its own code asks for, too
+FILES = ("dvc.yaml", "prefect.toml", ".dvcignore", *OVERLAYS)
 DVC_CONFIG = """[core]
     no_scm = true
     analytics = false
