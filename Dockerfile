@@ -1,9 +1,12 @@
 # The same set-up as by `make` on any machine: a test runs these steps outside a container, too.
-FROM python:3.11-slim
+# The digest is that of August 2026 (Python 3.11.15, Debian trixie): a newer one by `docker buildx imagetools inspect`.
+FROM python:3.11-slim@sha256:90744cff8f32887f075c47d747a173ff333e9e98801667af93c357fa9f5e28ff
 
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends git make libgomp1 \
-    && rm -rf /var/lib/apt/lists/*
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 1000 --create-home raphael \
+    && install --directory --owner=raphael --group=raphael /raphael /state /workspace
 
 ENV DO_NOT_TRACK=true \
     DVC_NO_ANALYTICS=1 \
@@ -14,9 +17,10 @@ ENV DO_NOT_TRACK=true \
 
 WORKDIR /raphael
 
-COPY . .
+USER raphael
+COPY --chown=raphael:raphael . .
 # `make cluster`, because the recipes in cluster/ run this image. Without the repository's .git DVC works on the folder alone.
-RUN make setup cluster && .venv/bin/dvc config --local core.no_scm true
+RUN make setup cluster licences && .venv/bin/dvc config --local core.no_scm true
 
 ENV PATH=/raphael/.venv/bin:$PATH
 CMD ["make", "demo"]

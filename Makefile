@@ -8,7 +8,9 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 CODE := $(wildcard raphael data_pipeline flows tests benchmarks)
 SOURCE ?= scenes
+SYSTEM ?= raphael
 COCO_DIR ?=
+PORT ?= 8000
 WHEN_DONE = $(VENV)/.ready-$(shell cat requirements.lock pyproject.toml | cksum | tr -s ' ' '-')
 
 export PATH := $(BIN):$(PATH)
@@ -19,6 +21,8 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export NO_ALBUMENTATIONS_UPDATE := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export RAY_USAGE_STATS_ENABLED := 0
+# DVC keeps pickles of its state where every user of the machine may write, unless it is told a place (docs/security.md).
+export DVC_SITE_CACHE_DIR := $(CURDIR)/.run/dvc
 
 .PHONY: help
 help:  ## this list
@@ -38,31 +42,46 @@ $(WHEN_DONE):
 	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement $(VENV)/uv.lock
 	$(BIN)/uv pip sync --python $(BIN)/python --require-hashes $(COMPILE) requirements.lock
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	$(BIN)/uv pip uninstall --quiet --python $(BIN)/python pip  # as old as this Python, and nobody needs it from here on
+	install -d -m 700 .run
+	dvc config --local core.site_cache_dir $(CURDIR)/.run/dvc
 	@rm -f $(VENV)/.ready-* && touch $@
 
 .PHONY: cluster
 cluster: setup  ## add what a machine of a Ray cluster needs (ray job submit, ray up), from cluster/requirements.lock
 	@uv pip install --quiet --python $(BIN)/python --require-hashes $(COMPILE) --requirement cluster/requirements.lock
 
+.PHONY: browser
+browser: setup  ## add what the tests of the page need: Debian's chromium, its driver from tests/serve/page, axe-core from npm
+	@command -v chromium >/dev/null || { apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -yqq --no-install-recommends chromium >/dev/null; }
+	@uv pip install --quiet --python $(BIN)/python --require-hashes --no-deps --requirement tests/serve/page/requirements.lock
+	@npm ci --silent --ignore-scripts --no-audit --no-fund --prefix tests/serve/page
+
 .PHONY: demo
-demo: setup  ## the whole chain, from links to the report (SOURCE=coco COCO_DIR=folder: on those photographs)
-	@python -m flows.demo --source "$(SOURCE)" --coco-dir "$(COCO_DIR)"
+demo: setup  ## the whole chain, from links to the report (SOURCE=coco COCO_DIR=folder: on photographs; SYSTEM=NAME: another model)
+	@python -m flows.demo --source "$(SOURCE)" --coco-dir "$(COCO_DIR)" --system "$(SYSTEM)"
 
 .PHONY: repro
 repro: setup  ## the same work without Prefect: what changed, in DVC's order
+	@python -m raphael.base.code.stage_code check || echo "the stages named above are taken as they were recorded" >&2
 	@dvc repro
 
 .PHONY: ablation
-ablation: setup  ## what each part of the network adds: arms and seeds of flows/ablation.yaml (100 minutes on two cores)
+ablation: setup  ## what each part of the network adds: arms and seeds of flows/plans/ablation.yaml (100 minutes on two cores)
 	@python -m flows.run_ablation
 
 .PHONY: sweep
-sweep: setup  ## guidance, alpha and what else flows/sweep.yaml tries on the trained model (reports/sweep.html)
+sweep: setup  ## guidance, alpha and what else flows/plans/sweep.yaml tries on the trained model (reports/sweep.html)
 	@python -m flows.run_sweep
 
 .PHONY: up
-up: setup  ## start the Prefect server, the MLflow page and the deployments raphael/{full,data,train,evaluate,ablation,sweep}
+up: setup  ## start the Prefect server, the MLflow page, the page of `serve` and the deployments raphael/{full,data,train,evaluate,ablation,sweep}
 	@python -m flows.serve up
+
+.PHONY: serve
+serve: setup  ## a page on which to try the trained model, or the one that comes with the package, and its API (PORT=8000)
+	@raphael serve --port "$(PORT)"
 
 .PHONY: down
 down:  ## stop exactly what `make up` started
@@ -76,14 +95,27 @@ test: setup  ## the tests (without those marked slow or gpu)
 test-all: setup  ## every test that this machine can run
 	@pytest -m "not soak"
 
+.PHONY: attack
+attack: setup  ## attack our own servers for real, and print what was tried and refused
+	@pytest tests/attacks
+
 .PHONY: soak
 soak: setup  ## stages and trainings killed at random moments, 200 times the bare loop, and what comes out compared (an hour)
 	@pytest -m soak
 
 .PHONY: lint
-lint: setup  ## ruff and the byte compiler over all code
+lint: setup  ## ruff and the byte compiler over all code, and whether every change of a stage's code was judged
 	@ruff check .
 	@python -m compileall -q $(CODE)
+	@python -m raphael.base.code.stage_code check
+
+.PHONY: audit
+audit: setup  ## known vulnerabilities of what requirements.lock names, by pip-audit; needs the network, and says so without
+	@./.ci/audit
+
+.PHONY: licences
+licences: setup  ## the packages' licences (reports/licences.md) and a bill of materials (reports/sbom.cdx.json)
+	@python .ci/licences.py
 
 .PHONY: bench
 ONLY ?= $(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py))
@@ -96,14 +128,17 @@ bench: setup  ## the benchmarks, one after the other, then one table of all (hou
 	test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
 .PHONY: lock
-lock: setup  ## compile requirements.lock anew from pyproject.toml, and the cluster's from that
+lock: setup  ## compile requirements.lock anew from pyproject.toml, and the cluster's and the page's tests' from that
 	@uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-header --quiet --output-file requirements.lock
 	@uv pip compile cluster/requirements.in --constraint requirements.lock --universal --python-version 3.11 \
 		--generate-hashes --no-emit-index-url --no-header --quiet --output-file cluster/requirements.lock
+	@uv pip compile tests/serve/page/requirements.in --constraint requirements.lock --universal --python-version 3.11 \
+		--generate-hashes --no-emit-index-url --no-header --quiet --output-file tests/serve/page/requirements.lock
 
 .PHONY: clean
 clean: down  ## remove what runs leave behind; data, models, reports, workspaces and DVC's cache stay
 	@test ! -d work || find work -mindepth 1 -maxdepth 1 ! -name spaces -exec rm -rf {} +
 	@rm -rf .run ray_results .pytest_cache .ruff_cache
+	@install -d -m 700 .run
 	@find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from raphael.stage import write_json
+from raphael.base.stage import write_json
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -12,17 +12,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from raphael.base.config.preset import RaphaelUNetConfig, load_preset
+from raphael.net.condition import Condition
 from raphael.net.layers import ResBlock
-from raphael.net.unet import RaphaelBlock, UNet
-from raphael.preset import UNetConfig, load_preset
+from raphael.net.moe.block import RaphaelBlock
+from raphael.net.moe.unet import RaphaelUNet
 
 
-def config_of(preset: str, **changes: object) -> UNetConfig:
+def config_of(preset: str, **changes: object) -> RaphaelUNetConfig:
     """The preset's U-Net with the mixtures, as it is trained; fields replaced by `changes`."""
     return dataclasses.replace(load_preset(preset).unet, **changes)
 
 
-def dense(config: UNetConfig) -> UNetConfig:
+def dense(config: RaphaelUNetConfig) -> RaphaelUNetConfig:
     """The same shape with what Stable Diffusion has in place of the mixtures."""
     return dataclasses.replace(
         config,
@@ -35,7 +37,7 @@ def dense(config: UNetConfig) -> UNetConfig:
     )
 
 
-def diffusers_unet(config: UNetConfig, heads: int | None = None) -> nn.Module:
+def diffusers_unet(config: RaphaelUNetConfig, heads: int | None = None) -> nn.Module:
     """UNet2DConditionModel of that shape, with random weights, from no download.
 
     heads: of every level, as in SD v1 (8); None: as many as ours has at each level, all config.head_dim wide.
@@ -61,7 +63,7 @@ def diffusers_unet(config: UNetConfig, heads: int | None = None) -> nn.Module:
 class Theirs(nn.Module):
     """diffusers' network, called as ours is."""
 
-    def __init__(self, config: UNetConfig, heads: int | None = None):
+    def __init__(self, config: RaphaelUNetConfig, heads: int | None = None):
         super().__init__()
         self.net = diffusers_unet(config, heads)
 
@@ -73,12 +75,12 @@ class Theirs(nn.Module):
 
 
 class Ours(nn.Module):
-    def __init__(self, config: UNetConfig):
+    def __init__(self, config: RaphaelUNetConfig):
         super().__init__()
-        self.net = UNet(config)
+        self.net = RaphaelUNet(config)
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        return self.net(x, t, context).prediction
+        return self.net(x, t, Condition(context)).prediction
 
     def checkpoint_activations(self) -> None:
         """Of every res-block and transformer block, as theirs does."""
@@ -89,7 +91,9 @@ class Ours(nn.Module):
         )
 
 
-def make_inputs(config: UNetConfig, batch: int, latent: int, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+def make_inputs(
+    config: RaphaelUNetConfig, batch: int, latent: int, device: str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
     """x (B, C, latent, latent), t (B,), context (B, N, context_dim): random, the same every time."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, config.latent_channels, latent, latent, generator=generator)

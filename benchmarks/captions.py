@@ -21,7 +21,7 @@ from pathlib import Path
 
 from _machine import judged, keep
 
-from data_pipeline.caption_rules import clean
+from data_pipeline.common.caption_rules import clean
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 TARGET_PER_S = 50_000  # of one core

@@ -1,8 +1,8 @@
 """Every metric on two pairs of folders made from COCO's photographs, beside somebody else's program or a naive loop.
 
 val2017 against train2017, and val2017 against itself written as JPEG of quality 50, under pair-debug/v1, by
-`raphael evaluate`. The peers begin with the pictures' files: Pillow crops and scales them, torch-fidelity runs its own
-Inception over them and gives FID, KID, precision and recall; open_clip scores one picture and one caption at a time.
+`raphael evaluate`. The peers begin with the images' files: Pillow crops and scales them, torch-fidelity runs its own
+Inception over them and gives FID, KID, precision and recall; open_clip scores one image and one caption at a time.
 The Frechet distance of both networks is also taken in the span of the rows (SciPy's root where there are enough), all
 others by loops over pairs, from the features. Weights of Inception are random, in torch-fidelity's form: what is shown
 is that the numbers are right, not what they mean.
@@ -24,13 +24,13 @@ import numpy as np
 from _machine import keep, within
 from inception import PHOTOGRAPHS, PROJECT, random_weights
 
-from raphael.cli import main as raphael
-from raphael.evaluate.feature_cache import embed_folder
-from raphael.evaluate.frechet import Features
-from raphael.evaluate.picture_folder import PictureFolder
-from raphael.evaluate.protocol import load_protocol
-from raphael.evaluate.spaces import open_network
-from raphael.stage import read_json
+from raphael.base.stage import read_json
+from raphael.cli.main import main as raphael
+from raphael.evaluate.features.cache import embed_folder
+from raphael.evaluate.features.image_folder import ImageFolder
+from raphael.evaluate.features.spaces import open_network
+from raphael.evaluate.metrics.frechet import Features
+from raphael.evaluate.protocols.protocol import load_protocol
 
 PROTOCOL = "pair-debug/v1"
 SIDE_PX = 256
@@ -38,7 +38,7 @@ SIDE_PX = 256
 
 @dataclass(frozen=True)
 class Pair:
-    """What is compared: photographs as they are. captions: one per picture of `images`, in the order of names."""
+    """What is compared: photographs as they are. captions: one per image of `images`, in the order of names."""
 
     name: str
     images: Path
@@ -82,7 +82,7 @@ def prepared(folder: Path, to: Path) -> tuple[Path, int]:
     """Pillow's own crop and Lanczos of each photograph as PNG; and how many of ours differ from it in any byte."""
     from PIL import Image
 
-    ours = PictureFolder.read(folder).pictures(load_protocol(PROTOCOL).pictures.preparation)
+    ours = ImageFolder.read(folder).prepared(load_protocol(PROTOCOL).pictures.preparation)
     to.mkdir(parents=True, exist_ok=True)
     differ = 0
     for path, mine in zip(sorted(folder.iterdir()), ours, strict=True):
@@ -180,7 +180,7 @@ def kid_by_loops(drawn: np.ndarray, real: np.ndarray, subsets: int, size: int, s
 
 
 def clip_score_one_by_one(images: Path, captions: list[str], clip_folder: Path) -> float:
-    """open_clip's own transform and towers, one picture and one caption at a time."""
+    """open_clip's own transform and towers, one image and one caption at a time."""
     import torch
     from open_clip.transform import image_transform
     from PIL import Image
@@ -199,7 +199,7 @@ def clip_score_one_by_one(images: Path, captions: list[str], clip_folder: Path) 
 
 
 def torch_fidelity(images: Path, reference: Path, weights: Path, size: int) -> dict[str, float]:
-    """From the pictures: its own Inception, its own metrics."""
+    """From the images: its own Inception, its own metrics."""
     from torch_fidelity import calculate_metrics
 
     found = calculate_metrics(
@@ -269,7 +269,7 @@ def compare(pair: Pair, home: Path, specs: list[str]) -> list[dict[str, Any]]:
 
     row("none", "pictures that differ in a byte", "Pillow", sum(differ for _, differ in sides), 0, 0.5)
     protocol = load_protocol(PROTOCOL)
-    folders = [PictureFolder.read(folder) for folder in (pair.images, pair.reference)]
+    folders = [ImageFolder.read(folder) for folder in (pair.images, pair.reference)]
     for spec in specs:
         network = open_network(spec)
         prepare = (protocol.pictures.preparation, 0)
@@ -313,7 +313,7 @@ def random_clip(folder: Path) -> Path:
     """A CLIP of the demo's size with random weights."""
     import torch
 
-    from raphael.config import load_config
+    from raphael.base.config.params import load_config
     from raphael.encoders.clip import build_clip, save_clip
 
     torch.manual_seed(0)

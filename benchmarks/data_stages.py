@@ -2,7 +2,7 @@
 
 scenes: the drawn corpus and its broken site. coco: photographs and captions of ../shared/data/coco. laion: real rows of
 LAION (../shared/data/laion) against a rehearsed web that answers from those photographs as the web does
-(data_pipeline/serve_rehearsal.py). coyo: seven real rows that bring scores. Without ../shared only scenes run.
+(data_pipeline/download/serve_rehearsal.py). coyo: seven real rows that bring scores. Without ../shared only scenes run.
 
     python benchmarks/data_stages.py [--rows 5000] [--quick]
 """
@@ -21,13 +21,13 @@ from typing import Any
 import yaml
 from _machine import keep
 
-from raphael.stage import read_json
+from raphael.base.stage import read_json
 
 PROJECT = Path(__file__).resolve().parent.parent
 SHARED = PROJECT.parent / "shared" / "data"
 STAGES = ("source", "select", "download", "score", "filter", "captions")
 PHOTOGRAPHS = {"encode_format": "jpg", "encode_quality": 95, "image_size_px": 128, "timeout_s": 4.0, "deadline_s": 8.0}
-UNSCORED = {"missing_score": "keep", "near_duplicate_bits": 4}
+UNSCORED = {"missing_score": "keep", "missing_unsafe": "keep", "near_duplicate_bits": 4}
 
 
 def lists(rows: int) -> dict[str, dict[str, dict[str, Any]]]:

@@ -1,6 +1,6 @@
 """What experts cost: steps/s of drawing and of training with 0 to 8 space experts and 0 to 4 time experts.
 
-The preset `small` (96-192-288) at latent 32 x 32, context 77. A drawing step is what DDIM does for one picture with
+The preset `small` (96-192-288) at latent 32 x 32, context 77. A drawing step is what DDIM does for one image with
 guidance: the network on both branches at once, no gradients, while the texts are remembered. A training step is
 forward, mean square, backward, fused AdamW, batch 2, without the edge loss (it costs the same in every setting). The
 number of space experts varies beside 4 time experts, that of time experts beside 6 space experts; 0 is no such layer.
@@ -8,7 +8,7 @@ All settings take turns in one process, best of the turns. Tokens are random, so
 paper measured (40 tokens, section 4.2), whose six experts cost 24 % of DDIM's steps/s, of another size and on a GPU.
 
 Rows of their own: a drawing step that does not remember the texts (routes, keys, values), nor keeps e_k(0).
-Precision is what raphael/precision.py picks ("auto"), layout channels_last.
+Precision is what raphael/base/precision.py picks ("auto"), layout channels_last.
 Writes results/experts_cost-<device>-<yyyymm>.json and a plot beside it, unless --quick.
 """
 
@@ -24,8 +24,9 @@ import torch
 from _machine import judged, keep
 from _peers import Ours, config_of, fill, make_inputs
 
-from raphael.net.experts import ExpertBank
-from raphael.precision import autocast, native_bf16
+from raphael.base.precision import autocast, native_bf16
+from raphael.net.condition import Condition
+from raphael.net.moe.experts import ExpertBank
 
 SPACE, TIME = (0, 1, 2, 4, 6, 8), (0, 1, 2, 4)
 WITH_SPACE, WITH_TIME = 6, 4  # what the other sweep is beside: the paper's numbers
@@ -91,7 +92,7 @@ class Case:
     def used(self) -> tuple[int, float]:
         """Space experts that the tokens chose, the fewest of all blocks, and how many a pixel needs on average."""
         with torch.inference_mode():
-            blocks = self.net.eval().net(self.x, self.t, self.context).blocks
+            blocks = self.net.eval().net(self.x, self.t, Condition(self.context)).blocks
         routes = [block.space for block in blocks if block.space is not None]
         if not routes:
             return 0, 0.0

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from _machine import judged, keep, within
 
-from raphael.evaluate.frechet import Features, Reference
+from raphael.evaluate.metrics.frechet import Features, Reference
 
 
 def feature_rows(rng: np.random.Generator, n: int, dim: int, spread: np.ndarray, centre: float) -> np.ndarray:

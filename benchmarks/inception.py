@@ -1,14 +1,14 @@
-"""A whole FID of two folders, `raphael evaluate` beside torch-fidelity's command, the same weights file and pictures.
+"""A whole FID of two folders, `raphael evaluate` beside torch-fidelity's command, the same weights file and images.
 
 Both run torch-fidelity's network, so features must agree to rounding; what differs is everything around it: layout in
 memory, reading, the distance, and what is kept for the next time. Three questions: features (difference, images/s), the
-whole command from two folders to the number (difference, wall seconds), and ours again, for other pictures, with the
+whole command from two folders to the number (difference, wall seconds), and ours again, for other images, with the
 reference's features at hand. Ours gives all of pair-debug/v1 (KID, precision and recall, density and coverage)
 in its time, theirs the FID alone. Each command is a process of its own; processor seconds stand beside wall seconds,
 since a core that others use too moves the latter.
 
 Without --weights the network has random weights in the published file's form: times are the same, the number is no FID.
-With fewer pictures than 2048 dimensions torch-fidelity's eigenvalues of a singular product carry an error of their own
+With fewer images than 2048 dimensions torch-fidelity's eigenvalues of a singular product carry an error of their own
 (docs/evaluation.md, "Exactness"), so the difference of such a run is not ours alone.
 
     python benchmarks/inception.py [--n 2000] [--weights FILE] [--images DIR --reference DIR] [--home DIR] [--quick]
@@ -33,9 +33,9 @@ from unittest import mock
 import numpy as np
 from _machine import judged, keep, within
 
-from raphael.evaluate.picture_folder import PictureFolder, Preparation
-from raphael.evaluate.spaces import open_network
-from raphael.stage import read_json, write_json
+from raphael.base.stage import read_json, write_json
+from raphael.evaluate.features.image_folder import ImageFolder, Preparation
+from raphael.evaluate.features.spaces import open_network
 
 PROJECT = Path(__file__).resolve().parent.parent
 PHOTOGRAPHS = PROJECT.parent / "shared" / "data" / "coco"  # where the machine has them
@@ -86,7 +86,7 @@ def features_side_by_side(images: Path, weights: Path, rounds: int) -> dict[str,
     import torch
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    first = PictureFolder.read(images).pictures(Preparation("none", 0), files=slice(0, 2 * BATCH))
+    first = ImageFolder.read(images).prepared(Preparation("none", 0), files=slice(0, 2 * BATCH))
     pictures = np.stack(list(first))
     ours = open_network(f"inception:{weights}")
     theirs = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights))
@@ -139,9 +139,9 @@ def command_seconds(name: str, command: list[str], home: Path) -> dict[str, Any]
 
 
 def renamed(folder: Path, to: Path) -> Path:
-    """The same pictures in the same order under other names: no cache knows them."""
+    """The same images in the same order under other names: no cache knows them."""
     to.mkdir(exist_ok=True)
-    for path in PictureFolder.read(folder).files:
+    for path in ImageFolder.read(folder).files:
         link = to / f"again-{path.name}"
         if not link.is_symlink():
             link.symlink_to(path.resolve())
@@ -149,7 +149,7 @@ def renamed(folder: Path, to: Path) -> Path:
 
 
 def whole_distance(images: Path, reference: Path, weights: Path, home: Path) -> list[dict[str, Any]]:
-    """From two folders to a number: the first time, and for other pictures with the reference's features at hand."""
+    """From two folders to a number: the first time, and for other images with the reference's features at hand."""
     import torch
 
     device = ["--gpu", "0"] if torch.cuda.is_available() else ["--cpu"]
@@ -201,12 +201,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=2000, help="pictures of each folder made here")
     parser.add_argument("--side-px", type=int, default=256)
-    parser.add_argument("--images", type=Path, help="a folder of pictures instead, all of one size")
+    parser.add_argument("--images", type=Path, help="a folder of images instead, all of one size")
     parser.add_argument("--reference", type=Path)
     parser.add_argument("--weights", type=Path, help="torch-fidelity's file; default: random weights in its form")
-    parser.add_argument("--home", type=Path, help="where pictures, caches and what is done are kept; default: nowhere")
+    parser.add_argument("--home", type=Path, help="where images, caches and what is done are kept; default: nowhere")
     parser.add_argument("--note", default="", help="what else the machine did meanwhile, for the result")
-    parser.add_argument("--quick", action="store_true", help="four pictures: does it run at all")
+    parser.add_argument("--quick", action="store_true", help="four images: does it run at all")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         home = arguments.home or Path(temporary)

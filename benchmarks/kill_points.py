@@ -5,7 +5,7 @@ The trainings are the tests' (tests/truth/kill_points.py): a network with blocks
 
 bare      one process, the loop alone
 ddp       two processes
-fsdp2     two processes, everything shared out
+fsdp2     two processes, everything sharded
 ray       two Ray Train workers; one training, of which one worker after the other is killed
 
 Writes results/kill-points-<device>-<yyyymm>.json with the number of kills, unless --quick.

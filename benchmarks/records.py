@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 from _machine import judged, keep
 
-from raphael.randomness import permutation
-from raphael.records import EDGES, MOMENTS, TOKEN_IDS, Records, RecordWriter
+from raphael.base.randomness import permutation
+from raphael.base.records import EDGES, MOMENTS, TOKEN_IDS, Records, RecordWriter
 
 FIELDS = {MOMENTS: ("float16", (8, 32, 32)), TOKEN_IDS: ("int32", (77,)), EDGES: ("uint8", (32, 32))}
 RECORD_BYTES = sum(np.dtype(dtype).itemsize * int(np.prod(shape)) for dtype, shape in FIELDS.values())

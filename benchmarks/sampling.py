@@ -1,9 +1,10 @@
-"""Seconds to draw one picture's latents beside diffusers: DDIM in 50 steps, DPM-Solver++(2M) in 20, guidance 7.5.
+"""Seconds to draw one image's latents beside diffusers: DDIM in 50 steps, DPM-Solver++(2M) in 20, guidance 7.5.
 
 Both branches of guidance in one batch. Theirs: the loop of a diffusers pipeline over its UNet2DConditionModel and its
-DDIMScheduler or DPMSolverMultistepScheduler. Ours: draw_latents (raphael/sampling.py), which the stage generate calls.
-The network is the `sd` preset's with half the widths (160-320-640-640, context 77 x 1024), so that a CPU is done in
-minutes; latent 32 x 32 (pictures of 256 px); plain GEGLU feed-forwards on both sides. All steps are measured.
+DDIMScheduler or DPMSolverMultistepScheduler. Ours: generate_latents (raphael/diffusion/sampling.py), which the stage
+generate calls. The network is the `sd` preset's with half the widths (160-320-640-640, context 77 x 1024), so that a
+CPU is done in minutes; latent 32 x 32 (images of 256 px); plain GEGLU feed-forwards on both sides. All steps are
+measured.
 
 like for like   both float32, contiguous, eager; both bf16 (autocast over float32 weights), channels_last, eager
 as shipped      ours at precision "auto", channels_last; theirs float32, contiguous, eager, as diffusers loads it.
@@ -25,11 +26,12 @@ from _machine import judged, keep
 from _peers import Ours, Theirs, config_of, dense, fill, make_inputs
 from torch import Tensor
 
-from raphael.diffusion.denoiser import TextCondition
+from raphael.base.config.preset import RaphaelUNetConfig, load_preset
+from raphael.base.precision import autocast, native_bf16
+from raphael.diffusion.prediction import prediction_of
+from raphael.diffusion.sampling import Parts, Sampling, generate_latents
 from raphael.diffusion.schedule import Schedule
-from raphael.precision import autocast, native_bf16
-from raphael.preset import UNetConfig, load_preset
-from raphael.sampling import Parts, Sampling, draw_latents
+from raphael.net.condition import Condition
 
 HALF = (160, 320, 640, 640)
 GUIDANCE = 7.5
@@ -43,15 +45,15 @@ def our_drawing(net: Ours, context: Tensor, latent: int) -> Callable[[str, int, 
     mask = torch.ones(1, context.shape[1], dtype=torch.bool)
     texts = {"a prompt": context[:1], "": context[1:]}
 
-    def encode(prompts: list[str]) -> TextCondition:
-        return TextCondition(torch.cat([texts[text] for text in prompts]), mask.expand(len(prompts), -1))
+    def encode(prompts: list[str]) -> Condition:
+        return Condition(torch.cat([texts[text] for text in prompts]), mask.expand(len(prompts), -1))
 
     shape = (net.net.config.latent_channels, latent, latent)
-    parts = Parts(net.net, Schedule(preset.diffusion), preset.diffusion.prediction, encode, lambda x: x, shape)
+    parts = Parts(net.net, Schedule(preset.diffusion), prediction_of(preset.diffusion), encode, lambda x: x, shape)
 
     def draw(solver: str, steps: int, precision: str) -> Tensor:
         settings = Sampling(solver, steps, GUIDANCE, precision)
-        return draw_latents(parts, ["a prompt"], [(0, 0)], settings)
+        return generate_latents(parts, ["a prompt"], [(0, 0)], settings)
 
     return draw
 
@@ -90,7 +92,7 @@ def their_drawing(net: Theirs, context: Tensor, latent: int) -> Callable[[str, i
     return draw
 
 
-def ways(config: UNetConfig, latent: int) -> dict[tuple[str, str, str], Callable[[str, int], Tensor]]:
+def ways(config: RaphaelUNetConfig, latent: int) -> dict[tuple[str, str, str], Callable[[str, int], Tensor]]:
     """(who, precision, layout) -> (solver, steps) -> latents. Each network exists once and changes its layout."""
     nets = {"ours": fill(Ours(config)).eval(), "theirs": fill(Theirs(config)).eval()}
     _, _, context = make_inputs(config, 2, latent)
@@ -116,7 +118,7 @@ def ways(config: UNetConfig, latent: int) -> dict[tuple[str, str, str], Callable
     return {key: way(*key) for key in dict.fromkeys(wanted)}
 
 
-def measure(config: UNetConfig, latent: int, solvers: dict[str, int], turns: int) -> list[dict[str, Any]]:
+def measure(config: RaphaelUNetConfig, latent: int, solvers: dict[str, int], turns: int) -> list[dict[str, Any]]:
     best: dict[tuple[str, ...], float] = {}
     drawing = ways(config, latent)
     for draw in drawing.values():

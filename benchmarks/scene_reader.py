@@ -1,4 +1,4 @@
-"""Is what `raphael/evaluate/scene_reader.py` reads what was drawn? 2,000 fresh scenes, and what is taken for what.
+"""Is what `raphael/evaluate/scenes/reader.py` reads what was drawn? 2,000 fresh scenes, and what is taken for what.
 
 Scenes are held-out ones of a seed that nothing else uses, a quarter of each suite, stored at five sizes and scaled as
 the encoder scales them. Matrices are counts {drawn: {read: n}}: shapes and their colours of scenes with one object,
@@ -19,9 +19,9 @@ import numpy as np
 from _machine import judged, keep
 from PIL import Image
 
-from data_pipeline import scenes
-from raphael.evaluate.intervals import wilson
-from raphael.evaluate.scene_reader import ATTRIBUTES, SceneReading, judge, read_scene
+from data_pipeline.source import scene_drawing, scenes
+from raphael.evaluate.metrics.intervals import wilson
+from raphael.evaluate.scenes.reader import ATTRIBUTES, SceneReading, judge, read_scene
 
 SEED, SIDE_PX = 20261122, 64
 RELATIONS = ("left of", "right of", "above", "below")
@@ -30,12 +30,12 @@ Matrix = dict[str, dict[str, int]]
 
 
 def fresh(suite: str, number: int) -> list[tuple[np.ndarray, dict[str, Any]]]:
-    """(picture (64, 64, 3) uint8, truth) of held-out scenes."""
+    """(image (64, 64, 3) uint8, truth) of held-out scenes."""
     out = []
     for index in range(number):
         scene = scenes.heldout_scene(SEED, suite, index, SIDE_PX, 0.3)
         scene = scenes.at_side(scene, (64, 80, 96, 112, 128)[index % 5])
-        picture = scenes.draw(scene).resize((SIDE_PX, SIDE_PX), Image.Resampling.LANCZOS)
+        picture = scene_drawing.draw(scene).resize((SIDE_PX, SIDE_PX), Image.Resampling.LANCZOS)
         out.append((np.asarray(picture), scene.truth()))
     return out
 
@@ -64,7 +64,7 @@ def holds(reading: SceneReading, truth: dict[str, Any], kind: str) -> bool:
 
 
 def measure(per_suite: int) -> tuple[list[dict[str, Any]], dict[str, Matrix], float]:
-    """Rows {attribute, right, asked, share, low, high}, the matrices, and milliseconds a picture."""
+    """Rows {attribute, right, asked, share, low, high}, the matrices, and milliseconds an image."""
     verdicts: dict[str, list[bool]] = {attribute: [] for attribute in ATTRIBUTES}
     counts: dict[str, Counter[tuple[str, str]]] = {attribute: Counter() for attribute in ATTRIBUTES}
     seconds = 0.0

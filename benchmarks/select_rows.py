@@ -64,9 +64,9 @@ def write_list(path: Path, rows: int) -> None:
 
 
 def ours(folder: Path, unique: bool) -> int:
-    from data_pipeline import select
-    from raphael.config import load_config
-    from raphael.stage import Stage, read_json
+    from data_pipeline.select import stage as select
+    from raphael.base.config.params import load_config
+    from raphael.base.stage import Stage, read_json
 
     os.chdir(folder)
     config = load_config(PROJECT / "params.yaml")
@@ -76,7 +76,7 @@ def ours(folder: Path, unique: bool) -> int:
 
 
 def rules_of_project() -> tuple:
-    from raphael.config import load_config
+    from raphael.base.config.params import load_config
 
     config = load_config(PROJECT / "params.yaml")
     return config.filter, config.select
@@ -153,7 +153,7 @@ PEERS = {"pyarrow": pyarrow_script, "pandas": pandas_script}
 
 
 def measured(function: Callable[[Path, bool], int], folder: Path, unique: bool, answers) -> None:
-    from data_pipeline.tables import keep_freed_memory
+    from data_pipeline.common.tables import keep_freed_memory
 
     keep_freed_memory()  # for all three that run on Arrow; has to come before it is loaded
     import pandas  # noqa: F401  pyarrow imports it at the first array: half a second that is nobody's

@@ -21,8 +21,8 @@ import torch
 from _machine import judged, keep
 from torch import Tensor
 
-from raphael.net.experts import feed_forward
-from raphael.net.moe import SpaceMoE, region_mask
+from raphael.net.moe.experts import feed_forward
+from raphael.net.moe.mixtures import SpaceMoE, region_mask
 
 TOKENS, EXPERTS = 77, 6
 SIZES = ((320, 64 * 64), (640, 32 * 32), (1280, 16 * 16))  # width, pixels

@@ -5,13 +5,13 @@ process of its own, one thread:
 
 plain     a script in the manner of diffusers' examples: DataLoader, torch's random numbers, clip, AdamW, diffusers'
           EMAModel, loss.item() for the progress bar; the same objective, so that the network's work is the same
-ours      raphael.train.loop at the demo's paces: points to MLflow (SQLite), averages, checkpoints
-bare      ours without average, points and checkpoints (but the last)
+ours      raphael.train.loop at the demo's paces: points to MLflow (SQLite), EMA, checkpoints
+bare      ours without EMA, points and checkpoints (but the last)
 ray       ours by one Ray Train worker
 
 Times are per step, means from the first step after --warm to the last; of each way the best turn counts. Two runs of
 one way differ by up to 7 %, more than the extras cost, so ours and bare run --pairs times more, and the median of the
-pairs' ratios counts; and the extras are timed by themselves, within `ours`: seconds in the calls for the average, the
+pairs' ratios counts; and the extras are timed by themselves, within `ours`: seconds in the calls for the EMA, the
 points and the checkpoints, and processor time of the thread that writes those. Writes
 results/training_loop-<device>-<yyyymm>.json, unless --quick.
 """
@@ -34,10 +34,10 @@ from unittest import mock
 import numpy as np
 from _machine import judged, keep
 
-from raphael.config import Config, load_config
-from raphael.records import EDGES, MOMENTS, TOKEN_IDS, Records, RecordWriter
-from raphael.stage import read_json, write_json
-from raphael.strict import to_dict
+from raphael.base.config.params import Config, load_config
+from raphael.base.records import EDGES, MOMENTS, TOKEN_IDS, Records, RecordWriter
+from raphael.base.stage import read_json, write_json
+from raphael.base.strict import to_dict
 
 ROOT = Path(__file__).resolve().parent.parent
 WAYS = ("plain", "ours", "bare", "ray")
@@ -80,7 +80,7 @@ def make_workspace(folder: Path) -> None:
 
 
 def settings(folder: Path, way: str, steps: int) -> Config:
-    """AdamW for all; no pictures while training, which are a pause and not a cost."""
+    """AdamW for all; no images while training, which are a pause and not a cost."""
     config = load_config(folder / "params.yaml")
     loop = config.train.loop
     changes = {"optimizer": "adamw", "num_images": steps * loop.batch_size, "sample_every_images": 0}
@@ -135,9 +135,9 @@ class Stopwatch:
 
 @contextlib.contextmanager
 def extras_timed() -> Iterator[Stopwatch]:
-    """The average, the points and the checkpoints. Writing is a thread's: on one core it takes what it computes."""
-    from raphael.tracking import MlflowTracker
-    from raphael.train.ema import Ema
+    """The EMA, the points and the checkpoints. Writing is a thread's: on one core it takes what it computes."""
+    from raphael.base.tracking.tracker import MlflowTracker
+    from raphael.train.optim.ema import Ema
     from raphael.train.saver import Saver
 
     watch, wall, own = Stopwatch(), time.perf_counter, time.thread_time
@@ -150,8 +150,8 @@ def by_loop(job: tuple[str, str, int], world: Any) -> None:
     """Train by raphael.train.loop; the times of the steps go to <way>.json. Runs here, or in a Ray worker."""
     import torch
 
-    from raphael import tracking
-    from raphael.train.denoiser import Folders, build_denoising
+    from raphael.base.tracking import tracker as tracking
+    from raphael.systems.raphael.training import Folders, build_denoising
     from raphael.train.loop import Hooks, train
 
     home, way, steps = job
@@ -195,8 +195,8 @@ def by_script(folder: Path, steps: int) -> None:
     from diffusers.training_utils import EMAModel
     from torch.utils.data import DataLoader, TensorDataset
 
-    from raphael.precision import autocast
-    from raphael.train.denoiser import Folders, build_denoising
+    from raphael.base.precision import autocast
+    from raphael.systems.raphael.training import Folders, build_denoising
 
     config = settings(folder, "plain", steps)
     loop = config.train.loop
@@ -227,7 +227,7 @@ def by_script(folder: Path, steps: int) -> None:
 
 
 def by_ray(folder: Path, steps: int) -> None:
-    from raphael.train.ray_trainer import Cluster, fit
+    from raphael.train.distributed.ray_trainer import Cluster, fit
 
     cluster = Cluster(1, False, f"bench-{time.time_ns()}", folder / "ray")
     fit(by_loop, (str(folder), "ray", steps), cluster)

@@ -71,7 +71,7 @@ def measure(side: Side, size: Size) -> dict[str, Any]:
     import torch
     from _peers import fill, make_inputs, size_and_cost
 
-    from raphael.train.optim import FusedAdamW
+    from raphael.train.optim.optimizer import FusedAdamW
 
     config, make = config_and_maker(side)
     cost = size_and_cost(make, make_inputs(config, size.batch, size.latent))
@@ -253,7 +253,7 @@ def main() -> None:
 
 
 def native() -> dict[str, bool]:
-    from raphael.precision import native_bf16
+    from raphael.base.precision import native_bf16
 
     return {"bf16": native_bf16("cpu")}
 

@@ -1,0 +1,1 @@
+"""From links to latents: one package a stage."""

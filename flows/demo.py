@@ -1,7 +1,7 @@
 """`make demo`: the flow raphael/full in this process, with a Prefect server of its own that ends with it.
 
-The scenes run in the project's own folder. Photographs run in work/spaces/coco, a workspace, so that the project's
-settings, lock and outputs stay as they are.
+The scenes run in the project's own folder. Photographs run in work/spaces/coco, another system (raphael/systems) with
+params.NAME.yaml in work/spaces/NAME: workspaces, so that the project's settings, lock and outputs stay as they are.
 """
 
 from __future__ import annotations
@@ -12,37 +12,43 @@ import sqlite3
 from pathlib import Path
 
 from flows.environment import prepare
-from flows.servers import prefect_for_one_run
-from flows.workspace import PROJECT, fingerprint, make_workspace
-from raphael.stage import StageError, one_clear_line
-from raphael.strict import ConfigError
+from flows.serve.servers import prefect_for_one_run
+from flows.workspace.folder import PROJECT, fingerprint, make_workspace, overlays_of
+from raphael.base.config.systems import DEFAULT
+from raphael.base.stage import StageError, one_clear_line
+from raphael.base.strict import ConfigError
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="demo", description=__doc__)
     parser.add_argument("--source", default="scenes", choices=["scenes", "coco"], help="what to train on")
-    parser.add_argument("--coco-dir", default="", help="for --source coco: folder of captions_*.json and pictures")
+    parser.add_argument("--coco-dir", default="", help="for --source coco: folder of captions_*.json and images")
+    parser.add_argument("--system", default=DEFAULT, help="what to train (default: %(default)s)")
     parser.add_argument("--workspace", type=Path, help="run in this workspace as it is")
     arguments = parser.parse_args(argv)
     with one_clear_line("demo") as outcome:
-        root = arguments.workspace or choose_workspace(arguments.source, arguments.coco_dir)
+        given = arguments.source, arguments.coco_dir, arguments.system
+        root = arguments.workspace or choose_workspace(*given)
         os.chdir(root)
         run_full(Path.cwd())
         print(where_to_look(Path.cwd()), flush=True)
     return outcome.status
 
 
-def choose_workspace(source: str, coco_dir: str) -> Path:
-    """The project's folder for scenes; for COCO a workspace whose settings name the photographs."""
+def choose_workspace(source: str, coco_dir: str, system: str = DEFAULT) -> Path:
+    """The project's folder for scenes; for COCO a workspace whose settings name the photographs, for a system other
+    than the default one a workspace with its settings."""
+    spaces, overlays = PROJECT / "work" / "spaces", overlays_of(system)
     if source == "scenes":
         if coco_dir:
             raise ConfigError(f"got COCO_DIR={coco_dir} without SOURCE=coco; say make demo SOURCE=coco COCO_DIR=...")
-        return PROJECT
+        return make_workspace(spaces / system, overlays) if overlays else PROJECT
     if not coco_dir:
-        raise ConfigError("got no COCO_DIR; say make demo SOURCE=coco COCO_DIR=folder of captions_*.json and pictures")
+        raise ConfigError("got no COCO_DIR; say make demo SOURCE=coco COCO_DIR=folder of captions_*.json and images")
     photographs = Path(coco_dir).resolve()
     changes = {"source.path": str(photographs), "source.fingerprint": fingerprint(photographs)}
-    return make_workspace(PROJECT / "work" / "spaces" / "coco", [PROJECT / "params.coco.yaml"], changes)
+    name = f"coco-{system}" if overlays else "coco"
+    return make_workspace(spaces / name, [PROJECT / "params.coco.yaml", *overlays], changes)
 
 
 def run_full(root: Path) -> None:
@@ -50,7 +56,7 @@ def run_full(root: Path) -> None:
     prepare(root)
     check_environment()
     with prefect_for_one_run(root):
-        from flows.full import full
+        from flows.pipelines.full import full
 
         full()
 
@@ -71,17 +77,17 @@ def check_environment() -> None:
 
 def where_to_look(root: Path) -> str:
     """The last words of a demo: the report, the newest sample grid, the MLflow run, and how to open the pages."""
-    grids = sorted((root / "models" / "raphael" / "samples").glob("*.png"))
+    grids = sorted((root / "models" / "raphael").glob("**/samples/*.png"), key=lambda file: file.name)
     lines = [
         "",
         f"report       {root / 'reports' / 'index.html'}",
-        f"sample grid  {grids[-1] if grids else 'none was drawn (train.loop.sample_every_images)'}",
+        f"sample grid  {grids[-1] if grids else 'none was generated (train.loop.sample_every_images)'}",
         f"MLflow run   {mlflow_run(root)}",
     ]
     if root == PROJECT:
         lines += ["", "make up      opens the pages: MLflow on http://127.0.0.1:5000, Prefect on http://127.0.0.1:4200"]
     else:
-        lines += ["", f"cd {root} && mlflow ui --backend-store-uri sqlite:///mlflow.db    opens the MLflow page"]
+        lines += ["", f"cd {root} && python -m flows.serve up    opens this workspace's pages; log in with .run/login"]
     return "\n".join(lines)
 
 

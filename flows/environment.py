@@ -10,6 +10,8 @@ import os
 import sys
 from pathlib import Path
 
+from flows.serve.access import private_folder
+
 SWITCHES = {  # each of these tries the network on its own account when left on, and complains when offline
     "DO_NOT_TRACK": "true",
     "DVC_NO_ANALYTICS": "1",
@@ -25,23 +27,29 @@ HABITS = {
 }
 
 
+SECRETS = ("PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING", "RAPHAEL_GUARD_AUTH")
+
+
 def prepare(root: Path) -> None:
     """Set up this process and its children. Must come before Prefect is imported, which reads its settings then.
 
-    Prefect's home is `.run/prefect` in the workspace, so that a user's own profile is neither read nor written.
-    Whatever the caller has set already wins, the switches apart.
+    Prefect's home is `.run/prefect` in the workspace, so that a user's own profile is neither read nor written; other
+    users see nothing of `.run`. Whatever the caller has set already wins, the switches apart.
     """
-    home = root / ".run" / "prefect"
-    home.mkdir(parents=True, exist_ok=True)  # Prefect's server dies on a home that is not there
+    private_folder(root / ".run")
+    home = private_folder(root / ".run" / "prefect")  # Prefect's server dies on a home that is not there
     os.environ.update(SWITCHES)
     for name, value in {**HABITS, "PREFECT_HOME": str(home)}.items():
         os.environ.setdefault(name, value)
+    os.environ.setdefault("DVC_SITE_CACHE_DIR", str(root / ".run" / "dvc"))  # else /var/tmp/dvc, which all may write to
     programs = str(Path(sys.executable).parent)
     if programs not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([programs, os.environ.get("PATH", os.defpath)])
 
 
 def stage_environment(root: Path) -> dict[str, str]:
-    """The environment of a stage: this one, the workspace's own code first on the path (Ray's workers too)."""
+    """The environment of a stage: this one, the workspace's own code first on the path (Ray's workers too), and no
+    secret of the servers, which no stage needs."""
     paths = [str(root), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+    ours = {name: value for name, value in os.environ.items() if name not in SECRETS}
+    return {**ours, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}

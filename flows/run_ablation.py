@@ -1,6 +1,6 @@
 """`make ablation`: the flow raphael/ablation in this process, with a Prefect server of its own that ends with it.
 
-python -m flows.run_ablation [--plan flows/ablation.yaml] [--jobs 2]
+python -m flows.run_ablation [--plan flows/plans/ablation.yaml] [--jobs 2]
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from flows.ablation_plan import PLAN, load_plan
+from flows.ablation.plan import PLAN, load_plan
 from flows.environment import prepare
-from flows.servers import prefect_for_one_run
-from raphael.stage import one_clear_line
+from flows.serve.servers import prefect_for_one_run
+from raphael.base.stage import one_clear_line
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         load_plan(arguments.plan)
         prepare(root)
         with prefect_for_one_run(root):
-            from flows.ablation import ablation
+            from flows.ablation.flow import ablation
 
             print(f"page  {ablation(str(arguments.plan), arguments.jobs)}", flush=True)
     return outcome.status

@@ -1,6 +1,6 @@
 """`make sweep`: the flow raphael/sweep in this process, with a Prefect server of its own that ends with it.
 
-python -m flows.run_sweep [--plan flows/sweep.yaml]
+python -m flows.run_sweep [--plan flows/plans/sweep.yaml]
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import argparse
 from pathlib import Path
 
 from flows.environment import prepare
-from flows.servers import prefect_for_one_run
-from flows.sweep_plan import PLAN, load_plan
-from raphael.stage import one_clear_line
+from flows.serve.servers import prefect_for_one_run
+from flows.sweep.plan import PLAN, load_plan
+from raphael.base.stage import one_clear_line
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         load_plan(arguments.plan)
         prepare(root)
         with prefect_for_one_run(root):
-            from flows.sweep import sweep
+            from flows.sweep.flow import sweep
 
             print(f"page  {sweep(str(arguments.plan))}", flush=True)
     return outcome.status

@@ -15,32 +15,54 @@ PROJECT = Path(__file__).resolve().parent.parent
 ROOMS = ("raphael", "data_pipeline", "flows", "tests", "benchmarks")
 STANDARD = set(sys.stdlib_module_names)
 LONGEST_FILE, LONGEST_FUNCTION, LONGEST_LOOP, MOST_ARGUMENTS = 400, 60, 150, 8
-GROUND_FLOOR = set(
-    "checkpoint checkpoint_home checkpoint_parts config config_data manifest precision preset randomness ray_cluster "
-    "records registry sampling stage strict tracking".split()
-)
+MOST_MODULES = 12  # of a folder; __init__ and __main__ are not counted
+# Rooms of raphael from the ground up; a room imports its own height and what is below. Doors (__main__) are free.
+FLOORS = {
+    "base": 0,
+    "pretrained": 1,
+    "net": 1,
+    "encoders": 2,
+    "diffusion": 2,
+    "objectives": 3,
+    "summary": 3,
+    "train": 4,
+    "systems": 5,
+    "generate": 6,
+    "evaluate": 7,
+    "edit": 7,
+    "cli": 8,
+    "serve": 8,
+}
 PURE = ("raphael/net/", "raphael/diffusion/", "raphael/objectives/", "raphael/train/loop.py")
 PURE_MAY = {"torch", "numpy", "einops"}
-LONG_BY_CONTRACT = {("raphael/generate/pipeline.py", "__call__")}  # diffusers' argument names
+LONG_BY_CONTRACT = {("raphael/systems/pipeline.py", "__call__")}  # diffusers' argument names
 ONLY_HERE = {
-    "mlflow": ("raphael/tracking.py",),
+    "mlflow": (
+        "raphael/base/tracking/tracker.py",
+        "raphael/base/tracking/registry.py",
+        "flows/serve/guard.py",  # starts MLflow's server
+    ),
     "ray": (
-        "raphael/ray_cluster.py",
-        "raphael/train/ray_trainer.py",
-        "raphael/evaluate/workers.py",
-        "data_pipeline/score_ray.py",
+        "raphael/base/ray_cluster.py",
+        "raphael/train/distributed/ray_trainer.py",
+        "raphael/evaluate/features/workers.py",
+        "data_pipeline/score/on_ray.py",
+        "raphael/serve/replicas.py",
     ),
 }
 MAY_NOT = {  # what lies in the left may not import what begins with one of the right
     "raphael/": ("data_pipeline", "flows"),
     "data_pipeline/": ("flows",),
-    "raphael/net/": ("raphael.diffusion", "raphael.objectives"),
-    "raphael/diffusion/": ("raphael.objectives",),
-    "raphael/objectives/": ("raphael.train", "raphael.encoders"),
-    "raphael/encoders/": ("raphael.train", "raphael.objectives", "raphael.generate", "raphael.evaluate"),
-    "raphael/generate/": ("raphael.train",),
-    "raphael/evaluate/": ("raphael.train",),
+    "raphael/diffusion/": ("raphael.encoders",),
+    "raphael/encoders/": ("raphael.diffusion",),
+    "raphael/objectives/": ("raphael.encoders",),
 }
+SYSTEMS = {file.parent.name for file in (PROJECT / "raphael" / "systems").glob("*/system.py")}
+SHARED = {
+    "common",
+    "gateway",
+    "local_images",
+}  # rooms of data_pipeline that every stage may import; tools/ may import the stages
 LATE = {"torch", "cv2", "pyarrow", "pandas", "diffusers", "transformers", "open_clip", "ray", "mlflow", "matplotlib"}
 
 
@@ -48,7 +70,18 @@ def modules(*rooms: str) -> list[Path]:
     return [file for room in rooms for file in sorted((PROJECT / room).rglob("*.py"))]
 
 
+def name_of(file: Path) -> str:
+    return ".".join(file.relative_to(PROJECT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def is_module(name: str) -> bool:
+    base = PROJECT.joinpath(*name.split("."))
+    return base.with_suffix(".py").is_file() or (base / "__main__.py").is_file()
+
+
 def imports(tree: ast.Module, file: Path) -> Iterator[tuple[int, str]]:
+    """Every import, at the top, inside functions and under TYPE_CHECKING, and names of modules in strings: what
+    `python -m` and importlib are given."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -58,6 +91,25 @@ def imports(tree: ast.Module, file: Path) -> Iterator[tuple[int, str]]:
                 home = file.relative_to(PROJECT).with_suffix("").parts[: -node.level]
                 base = ".".join([*home, base]).rstrip(".")
             yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if re.fullmatch(r"(raphael|data_pipeline|flows)(\.\w+)+", node.value) and is_module(node.value):
+                yield node.lineno, node.value
+
+
+def graph() -> dict[str, set[str]]:
+    """module -> modules of ours that it imports."""
+    known = {name_of(file): file for file in modules("raphael", "data_pipeline", "flows")}
+
+    def nearest(name: str) -> str:
+        while name and name not in known:
+            name = name.rpartition(".")[0]
+        return name
+
+    found = {}
+    for name, file in known.items():
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        found[name] = {nearest(used) for _, used in imports(tree, file)} - {name, ""}
+    return found
 
 
 def under(name: str, package: str) -> bool:
@@ -66,25 +118,49 @@ def under(name: str, package: str) -> bool:
 
 def import_faults(file: Path) -> Iterator[str]:
     path = file.relative_to(PROJECT).as_posix()
+    door = file.name == "__main__.py"
     for line, name in imports(ast.parse(file.read_text(encoding="utf-8")), file):
         top = name.split(".")[0]
         where = f"{path}:{line}: imports {name}"
         for room, banned in MAY_NOT.items():
             if path.startswith(room) and any(under(name, package) for package in banned):
                 yield f"{where}: imports run one way, {room} may not import {', '.join(banned)}"
+        if not door and (fault := floor_fault(path, name)):
+            yield f"{where}: {fault}"
         if path.startswith(PURE):
-            floor = top == "raphael" and name.split(".")[1] in GROUND_FLOOR | {
-                "net",
-                "diffusion",
-                "objectives",
-                "train",
-            }
-            if top not in PURE_MAY | STANDARD and not floor:
+            ours = top == "raphael" and name.split(".")[1] in ("base", "net", "diffusion", "objectives", "train")
+            if top not in PURE_MAY | STANDARD and not ours:
                 yield f"{where}: here only {', '.join(sorted(PURE_MAY))}, the standard library and the ground floor"
         if top == "prefect" and not path.startswith(("flows/", "tests/")):
             yield f"{where}: only flows/ knows Prefect"
         if top in ONLY_HERE and not path.startswith(("tests/", "benchmarks/")) and path not in ONLY_HERE[top]:
             yield f"{where}: the only import of {top} is in {' and '.join(ONLY_HERE[top])}"
+
+
+def names_system(name: list[str]) -> bool:
+    return name[:2] == ["raphael", "systems"] and len(name) > 2 and name[2] in SYSTEMS
+
+
+def floor_fault(path: str, name: str) -> str:
+    """What is wrong with a module of ours that imports `name`: upwards, sideways, or a layer that names a system."""
+    here, there = path.split("/"), name.split(".")
+    if here[0] == there[0] == "raphael" and len(here) > 2 and len(there) > 1 and there[1] in FLOORS:
+        if FLOORS[here[1]] < FLOORS[there[1]]:
+            return f"raphael/{here[1]} stands below raphael/{there[1]}"
+        if here[1] == there[1] == "systems" and names_system(there) and here[2] != there[2]:
+            both = here[2] in SYSTEMS
+            return "a system never imports another" if both else "what systems share never names one"
+    if names_system(there) and here[0] in ("raphael", "data_pipeline", "flows") and here[1] != "systems":
+        return "a layer never names a system"
+    if here[0] == there[0] == "data_pipeline" and len(here) > 2 and len(there) > 1:
+        stage, other = here[1], there[1]
+        if stage != other and stage != "tools" and other not in SHARED:
+            return f"a stage never imports another: what {stage} and {other} share belongs to data_pipeline/common"
+        if stage in SHARED and other not in SHARED:
+            return f"data_pipeline/{stage} stands below the stages"
+    if here[0] == there[0] == "flows" and len(here) > 2 and {here[1], there[1]} == {"ablation", "sweep"}:
+        return "a study never imports another"
+    return ""
 
 
 def size_faults(file: Path) -> Iterator[str]:
@@ -120,6 +196,64 @@ def tracked_texts() -> Iterator[tuple[str, str]]:
 def test_imports_run_one_way_and_stay_in_their_rooms(room: str) -> None:
     faults = [fault for file in modules(room) for fault in import_faults(file)]
     assert not faults, "\n".join(faults)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    uses, seen, faults = graph(), {}, []
+
+    def visit(name: str, way: list[str]) -> None:
+        seen[name] = "open"
+        for used in sorted(uses[name]):
+            if seen.get(used) == "open":
+                faults.append(" -> ".join([*way[way.index(used) :], used]))
+            elif used not in seen:
+                visit(used, [*way, used])
+        seen[name] = "done"
+
+    for name in uses:
+        if name not in seen:
+            visit(name, [name])
+    assert not faults, "\n".join(faults)
+
+
+def test_no_folder_has_more_modules_than_a_reader_can_hold() -> None:
+    counted: dict[str, int] = {}
+    for file in modules("raphael", "data_pipeline", "flows"):
+        if file.name not in ("__init__.py", "__main__.py"):
+            folder = file.parent.relative_to(PROJECT).as_posix()
+            counted[folder] = counted.get(folder, 0) + 1
+    full = {folder: count for folder, count in counted.items() if count > MOST_MODULES}
+    assert not full, f"more than {MOST_MODULES} modules: {full}; make a package of those that belong together"
+
+
+def test_every_package_says_what_it_is() -> None:
+    silent = [
+        file.relative_to(PROJECT).as_posix()
+        for file in modules("raphael", "data_pipeline", "flows")
+        if file.name == "__init__.py" and not ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+    ]
+    assert not silent, f"no docstring in {', '.join(silent)}"
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("from raphael.train.loop import train", "raphael/net stands below raphael/train"),
+        ('RUN = ["-m", "flows.finetune"]', "imports run one way"),
+        ("def f():\n    import raphael.systems.raphael.training", "raphael/net stands below raphael/systems"),
+        ("if TYPE_CHECKING:\n    from raphael.encoders.text import TextEncoder", "raphael/net stands below"),
+        ("import pandas", "here only einops, numpy, torch"),
+        ("raphael/evaluate/stage.py: import raphael.systems.raphael.training", "a layer never names a system"),
+        ('data_pipeline/encode/stage.py: X = "raphael.systems.raphael.training"', "a layer never names a system"),
+        ("raphael/systems/job.py: import raphael.systems.raphael.training", "what systems share never names one"),
+    ],
+)
+def test_the_rules_of_imports_see_what_they_forbid(line: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, colon, rest = line.partition(".py: ")
+    file, line = (PROJECT / f"{name}.py", rest) if colon else (PROJECT / "raphael/net/unet.py", line)
+    real = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda self, **kw: line if self == file else real(self, **kw))
+    assert any(fault in found for found in import_faults(file))
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -19,14 +19,14 @@ import pytest
 import yaml
 
 from flows.environment import SWITCHES, stage_environment
-from flows.pipeline import DVC, out_of_date, read_pipeline
-from flows.workspace import make_workspace
-from raphael.pipeline_run import FILE as PIPELINE_RUN
-from raphael.pipeline_run import PARENT
-from raphael.stage import read_json
+from flows.pipelines.dvc_stages import DVC, out_of_date, read_pipeline
+from flows.workspace.folder import make_workspace
+from raphael.base.stage import read_json
+from raphael.base.tracking.pipeline_run import FILE as PIPELINE_RUN
+from raphael.base.tracking.pipeline_run import PARENT
 
 PROJECT = Path(__file__).resolve().parent.parent
-REDRAWN = {"generate", "evaluate", "report"}  # what a changed generate.seed may touch
+REGENERATED = {"generate", "evaluate", "report"}  # what a changed generate.seed may touch
 CHAIN_S, CALL_S = 1500, 900  # far above what it takes on an idle machine
 
 pytestmark = pytest.mark.timeout(2400)
@@ -128,18 +128,18 @@ def served(chain: Path) -> Iterator[dict[str, str]]:
     assert down.returncode == 0, words(down)
 
 
-def test_a_served_run_with_another_seed_redraws_and_trains_nothing(chain: Path, served: dict[str, str]) -> None:
-    before, pictures = lock_of(chain), digest(chain, "data/generated")
+def test_a_served_run_with_another_seed_generates_anew_and_trains_nothing(chain: Path, served: dict[str, str]) -> None:
+    before, images = lock_of(chain), digest(chain, "data/generated")
     trained = {file: file.stat().st_mtime_ns for file in (chain / "models").rglob("*") if file.is_file()}
     change = 'overrides={"generate.seed": 1}'
     command = [sys.executable, "-m", "prefect", "deployment", "run", "raphael/full", "--watch", "-p", change]
     done = call(chain, *command, **served)
     assert done.returncode == 0, words(done)
     after = lock_of(chain)
-    assert {name for name in after if after[name] != before[name]} == REDRAWN
+    assert {name for name in after if after[name] != before[name]} == REGENERATED
     assert {file: file.stat().st_mtime_ns for file in (chain / "models").rglob("*") if file.is_file()} == trained
-    redrawn = digest(chain, "data/generated")
-    assert redrawn.keys() == pictures.keys() and redrawn != pictures
+    regenerated = digest(chain, "data/generated")
+    assert regenerated.keys() == images.keys() and regenerated != images
     assert out_of_date(chain) == {}, "what Prefect ran, DVC must find done"
     with contextlib.closing(sqlite3.connect(chain / "mlflow.db")) as store:
         query = "select name, status from runs join tags using (run_uuid) where key = ? and value = ?"

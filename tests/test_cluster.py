@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows import settings
-from raphael.config import load_config
-from raphael.preset import load_preset
+from flows.workspace import settings
+from raphael.base.config.params import load_config
+from raphael.base.config.preset import load_preset
 
 PROJECT = Path(__file__).parents[1]
 CLUSTER = PROJECT / "cluster"
@@ -21,11 +21,14 @@ GPUS = 32
 STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
 CONTAINER = {
     "type": "object",
-    "required": ["name", "image", "resources"],
+    "required": ["name", "image", "resources", "securityContext"],
     "additionalProperties": False,
     "properties": {
         "name": {"type": "string", "pattern": "^[a-z0-9-]+$"},
-        "image": {"type": "string"},
+        "image": {"type": "string", "pattern": "@sha256:[0-9a-f]{64}$"},  # a tag may move
+        "securityContext": {
+            "const": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+        },
         "env": {"type": "array", "items": {"type": "object", "required": ["name", "value"]}},
         "resources": {
             "type": "object",
@@ -41,8 +44,14 @@ TEMPLATE = {
     "properties": {
         "spec": {
             "type": "object",
-            "required": ["containers"],
-            "properties": {"containers": {"type": "array", "minItems": 1, "items": CONTAINER}},
+            "required": ["containers", "securityContext"],
+            "properties": {
+                "containers": {"type": "array", "minItems": 1, "items": CONTAINER},
+                "securityContext": {
+                    "properties": {"runAsNonRoot": {"const": True}, "runAsUser": {"const": 1000}},
+                    "required": ["runAsNonRoot", "runAsUser"],
+                },
+            },
         }
     },
 }
@@ -198,3 +207,9 @@ def test_the_settings_load_and_have_the_presets_sizes_and_the_papers_numbers(tmp
     assert (loop.learning_rate, loop.betas, loop.weight_decay) == (1e-4, (0.9, 0.999), 0.0)
     assert loop.warmup_images == 20_000 * loop.batch_size
     assert config.clip.context_length == load_preset("raphael-3b").unet.context_length
+
+
+def test_the_nodes_containers_have_no_more_rights_than_they_need_and_one_image() -> None:
+    docker = read("ray-cluster.yaml")["docker"]
+    assert re.search(r"@sha256:[0-9a-f]{64}$", docker["image"])
+    assert {"--security-opt=no-new-privileges", "--cap-drop=ALL"} <= set(docker["run_options"])

@@ -1,0 +1,1 @@
+"""Schedules, denoisers, samplers, guidance: functions over one seam, D(x, sigma, condition)."""

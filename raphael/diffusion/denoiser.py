@@ -1,37 +1,21 @@
 """The Denoiser seam: D(x, sigma, cond) -> estimate of x_0, with x = x_0 + sigma eps.
 
-Samplers are functions over it; guidance and thresholding are wrappers that compose. A network that predicts eps or v is
-wrapped into one here.
+Samplers are functions over it; guidance and thresholding are wrappers that compose. A network is wrapped into one here.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
-from raphael.diffusion.schedule import Schedule
-
-
-@dataclass(frozen=True)
-class TextCondition:
-    """What the network reads of the captions."""
-
-    context: Tensor  # (B, N, D)
-    mask: Tensor  # (B, N) bool, True on real tokens
-
-    def concat(self, other: TextCondition) -> TextCondition:
-        return TextCondition(torch.cat([self.context, other.context]), torch.cat([self.mask, other.mask]))
-
-    def expand(self, batch_size: int) -> TextCondition:
-        """One condition for a whole batch."""
-        return TextCondition(self.context.expand(batch_size, -1, -1), self.mask.expand(batch_size, -1))
+from raphael.diffusion.prediction import Prediction, variance_preserving
+from raphael.diffusion.schedule import Noise
+from raphael.net.condition import Condition
 
 
 class Denoiser(Protocol):
-    def __call__(self, x: Tensor, sigma: Tensor, cond: TextCondition) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         """x (B, C, h, w) = x_0 + sigma eps, sigma (B,) -> estimate of x_0 (B, C, h, w).
 
         Where sigma is infinite, x is eps itself, the limit of x / sigma: nothing of x_0 is in it.
@@ -39,27 +23,24 @@ class Denoiser(Protocol):
 
 
 class NetworkDenoiser:
-    """An eps- or v-predicting network as a Denoiser.
+    """A network as a Denoiser, whatever it predicts (raphael/diffusion/prediction.py has the formulas).
 
-    The network sees x_vp = x / sqrt(1 + sigma^2); x_0 = x - sigma eps, or x_0 = (x_vp - sigma v) / sqrt(1 + sigma^2).
-    At infinite sigma x_vp = x = eps and x_0 = -v; a schedule that ends there asks for v. Raises ValueError otherwise.
+    Raises ValueError for a prediction of eps where the schedule ends in pure noise, at infinite sigma.
     `collect` is called with every UNetOutput (attention maps, routes) when given.
     """
 
-    def __init__(self, unet: nn.Module, schedule: Schedule, prediction: Literal["eps", "v"], collect=None):
-        if prediction == "eps" and schedule.zero_terminal_snr:
+    def __init__(self, unet: nn.Module, schedule: Noise, prediction: Prediction, collect=None):
+        if prediction.blind and schedule.zero_terminal_snr:
             raise ValueError("prediction: got eps with zero_terminal_snr, expected v: pure noise holds nothing of x_0")
         self.unet, self.schedule, self.prediction, self.collect = unet, schedule, prediction, collect
 
-    def __call__(self, x: Tensor, sigma: Tensor, cond: TextCondition) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         sigma_ = sigma.view(-1, 1, 1, 1).to(x)
-        pure = torch.isinf(sigma_)  # the products below would be 0 * inf there
-        c_in = torch.where(pure, 1.0, (1 + sigma_**2).rsqrt())
         timestep = self.schedule.timestep(sigma)
-        output = self.unet(x * c_in, timestep, cond.context, cond.mask, collect=self.collect is not None)
+        given = self.prediction.network_input(*variance_preserving(x, sigma_))
+        if cond.hooks is not None:
+            cond = cond.at(sigma, 1 - timestep / (self.schedule.num_steps - 1))
+        output = self.unet(given, timestep, cond, collect=self.collect is not None)
         if self.collect is not None:
             self.collect(output)
-        if self.prediction == "eps":
-            return x - sigma_ * output.prediction
-        x_vp, spread = torch.where(pure, 0.0, x * c_in), torch.where(pure, 1.0, sigma_)
-        return c_in * (x_vp - spread * output.prediction)
+        return self.prediction.estimate(output.prediction, x, sigma_)

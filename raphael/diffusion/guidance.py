@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from raphael.diffusion.denoiser import Denoiser, TextCondition
+from raphael.diffusion.denoiser import Denoiser
+from raphael.net.condition import Condition
 
 EVERYWHERE = (0.0, math.inf)
 
@@ -22,15 +23,18 @@ class ClassifierFreeGuidance:
     scale 1 needs no second branch; 0 is unconditional. null: the empty caption, batch of 1.
     interval: the noise levels, both ends included, where s acts; outside s is 1, so the conditional branch runs alone
     and the step costs half (Kynkäänniemi et al., arXiv 2404.07724, which finds guidance harmful at high noise and idle
-    at low noise).
+    at low noise). A picture is told to both branches, unless the null row has its own: it is not guided by.
+    rescale: share by which a guided estimate gets the deviation of the conditional one, which guidance raises (Lin et
+    al., arXiv 2305.08891, eq. 15 and 16; there of the network's output, here of x_0).
     """
 
     denoiser: Denoiser
     scale: float
-    null: TextCondition
+    null: Condition
     interval: tuple[float, float] = EVERYWHERE  # sigma
+    rescale: float = 0.0
 
-    def __call__(self, x: Tensor, sigma: Tensor, cond: TextCondition) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         if self.scale == 1.0:
             return self.denoiser(x, sigma, cond)
         if self.interval == EVERYWHERE:
@@ -44,13 +48,23 @@ class ClassifierFreeGuidance:
         scale = torch.where(inside, self.scale, 1.0).to(x).view(-1, *[1] * (x.dim() - 1))
         return self._guided(x, sigma, cond, scale)
 
-    def _guided(self, x: Tensor, sigma: Tensor, cond: TextCondition, scale: float | Tensor) -> Tensor:
+    def _guided(self, x: Tensor, sigma: Tensor, cond: Condition, scale: float | Tensor) -> Tensor:
         null = self.null.expand(len(x))
+        if null.picture is None and cond.picture is not None:
+            null = replace(null, picture=cond.picture)
         if not isinstance(scale, Tensor) and scale == 0.0:
             return self.denoiser(x, sigma, null)
-        both = self.denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), cond.concat(null))
+        both = self.denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), cond.concat(null, null=True))
         conditional, unconditional = both.chunk(2)
-        return unconditional + scale * (conditional - unconditional)
+        guided = unconditional + scale * (conditional - unconditional)
+        return rescaled(guided, conditional, self.rescale) if self.rescale else guided
+
+
+def rescaled(guided: Tensor, conditional: Tensor, share: float) -> Tensor:
+    """Both (B, ...): `guided` moved by `share` towards itself at the deviation that `conditional` has, per sample."""
+    over = tuple(range(1, guided.dim()))
+    factor = conditional.std(over, keepdim=True) / guided.std(over, keepdim=True)
+    return guided * (share * factor + 1 - share)
 
 
 @dataclass(frozen=True)
@@ -74,7 +88,7 @@ class Thresholded:
         if not self.bound > 0:
             raise ValueError(f"threshold_bound: got {self.bound:g}, expected more than 0")
 
-    def __call__(self, x: Tensor, sigma: Tensor, cond: TextCondition) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         x0 = self.denoiser(x, sigma, cond)
         if self.kind == "static":
             return x0.clamp(-self.bound, self.bound)

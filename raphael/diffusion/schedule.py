@@ -1,4 +1,6 @@
-"""The noise schedule: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, t = 0 .. T-1.
+"""Noise as a protocol, and the discrete schedule.
+
+x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, t = 0 .. T-1.
 
 (RAPHAEL's printed forward equation swaps the two roots; its reverse step uses this convention. See docs/paper.md.)
 The samplers work in variance-exploding coordinates x_0 + sigma eps, sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t).
@@ -7,14 +9,62 @@ The samplers work in variance-exploding coordinates x_0 + sigma eps, sigma_t = s
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
-from raphael.preset import DiffusionConfig
+from raphael.base.config.preset import DiffusionConfig
 
 
-class Schedule:
+class Noise(ABC):
+    """A family of noise levels, told as timesteps t from 0 (the cleanest) to T-1 to the network, as sigma to samplers.
+
+    zero_terminal_snr: at T-1 there is no signal: sigma is infinite there. All that follows needs no more than these.
+    """
+
+    num_steps: int  # T
+    zero_terminal_snr: bool
+
+    @abstractmethod
+    def timesteps(self, u: Tensor) -> Tensor:
+        """The timesteps of training: u (B,) uniform in [0, 1) -> (B,), rising with u."""
+
+    @abstractmethod
+    def alpha_bar_at(self, t: Tensor) -> Tensor:
+        """The share of signal 1 / (1 + sigma^2) at timesteps t (B,) -> (B,) float64."""
+
+    @abstractmethod
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """The (fractional) timestep of a noise level: sigma (B,) -> t (B,) float32, clamped to [0, T-1]."""
+
+    @abstractmethod
+    def sigma_at(self, t: Tensor) -> Tensor:
+        """Of `timestep` the inverse: t (B,) in [0, T-1], whole or between -> sigma (B,) float64."""
+
+    @abstractmethod
+    def sampling_sigmas(self, steps: int) -> Tensor:
+        """(steps + 1,) float64, falling from the largest noise to 0. Raises ValueError unless steps fit."""
+
+    @abstractmethod
+    def sigma_bounds(self, low: float, high: float) -> tuple[float, float]:
+        """The noise levels of the timesteps t with low <= t / (T-1) <= high, both shares in [0, 1].
+
+        Share 0 is sigma 0 and share 1 is infinite: nothing lies beyond the ends.
+        """
+
+    def roots(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(signal, spread) at t (B,), signal^2 + spread^2 = 1, shaped to multiply `like` (B, ...)."""
+        alpha_bar = self.alpha_bar_at(t).view(-1, *[1] * (like.dim() - 1))
+        return alpha_bar.sqrt().to(like.dtype), (1 - alpha_bar).sqrt().to(like.dtype)
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t = signal x_0 + spread eps for x0 and noise (B, ...) and timesteps t (B,)."""
+        signal, spread = self.roots(t, x0)
+        return signal * x0 + spread * noise
+
+
+class Schedule(Noise):
     """alpha_bar (T,) and sigma (T,), float64, increasing noise.
 
     With zero_terminal_snr alpha_bar ends in 0 and sigma in infinity: x_{T-1} is the noise, v there is -x_0.
@@ -28,15 +78,12 @@ class Schedule:
             self.alpha_bar = zero_terminal(self.alpha_bar)
         self.sigma = ((1 - self.alpha_bar) / self.alpha_bar).sqrt()
 
-    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t for x0 and noise (B, ...) and timesteps t (B,) int."""
-        signal, spread = self._roots(t, x0)
-        return signal * x0 + spread * noise
+    def timesteps(self, u: Tensor) -> Tensor:
+        """Every timestep alike: floor(u T), int64."""
+        return (u * self.num_steps).long().clamp(max=self.num_steps - 1)
 
-    def velocity(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho, arXiv 2202.00512)."""
-        signal, spread = self._roots(t, x0)
-        return signal * noise - spread * x0
+    def alpha_bar_at(self, t: Tensor) -> Tensor:
+        return self.alpha_bar.to(t.device)[t]
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """The (fractional) timestep of a noise level: sigma (B,) -> t (B,), linear in log sigma, clamped.
@@ -54,11 +101,17 @@ class Schedule:
             share = torch.where(high == self.num_steps - 1, last, share)
         return (low + share).float()
 
-    def sigma_bounds(self, low: float, high: float) -> tuple[float, float]:
-        """The noise levels of the timesteps t with low <= t / (T-1) <= high, both shares in [0, 1].
+    def sigma_at(self, t: Tensor) -> Tensor:
+        t, sigma = t.double(), self.sigma.to(t.device)
+        low = t.long().clamp(0, self.num_steps - 2)
+        share = t - low
+        between = (sigma[low].log() * (1 - share) + sigma[low + 1].log() * share).exp()
+        if self.zero_terminal_snr:
+            root = self.alpha_bar[-2].sqrt() * (1 - share)
+            between = torch.where(low == self.num_steps - 2, (root**-2 - 1).clamp(min=0).sqrt(), between)
+        return torch.where(share == 0, sigma[low], torch.where(share == 1, sigma[low + 1], between))
 
-        Share 0 is sigma 0 and share 1 is infinite: nothing lies beyond the ends.
-        """
+    def sigma_bounds(self, low: float, high: float) -> tuple[float, float]:
         last = self.num_steps - 1
         first_t, last_t = math.ceil(low * last), math.floor(high * last)
         return (
@@ -78,10 +131,6 @@ class Schedule:
         t = (self.num_steps - index).round().long() - 1
         return torch.cat([self.sigma[t], torch.zeros(1, dtype=torch.float64)])
 
-    def _roots(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        alpha_bar = self.alpha_bar.to(t.device)[t].view(-1, *[1] * (like.dim() - 1))
-        return alpha_bar.sqrt().to(like.dtype), (1 - alpha_bar).sqrt().to(like.dtype)
-
 
 def zero_terminal(alpha_bar: Tensor) -> Tensor:
     """alpha_bar (T,) moved so that its last value is exactly 0 (arXiv 2305.08891, algorithm 1).
@@ -98,6 +147,8 @@ def _betas(config: DiffusionConfig) -> Tensor:
         return torch.linspace(start, end, T, dtype=torch.float64)
     if config.schedule == "scaled_linear":  # latent diffusion: linear in sqrt(beta)
         return torch.linspace(start**0.5, end**0.5, T, dtype=torch.float64) ** 2
+    if config.schedule != "cosine":
+        raise ValueError(f"schedule: got {config.schedule}, expected linear, scaled_linear or cosine: it has no betas")
     # Nichol & Dhariwal, arXiv 2102.09672, eq. 17: alpha_bar(t) = cos^2((t/T + 0.008) / 1.008 * pi/2), betas capped
     t = torch.arange(T + 1, dtype=torch.float64) / T
     alpha_bar = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2

@@ -1,28 +1,33 @@
-"""Pictures <-> latents: diffusers' AutoencoderKL (trained here or pretrained), or TAEF2, behind one class.
+"""Images <-> latents: diffusers' AutoencoderKL (trained here or pretrained), TAEF2, or none (pixels), behind one class.
 
 The posterior's raw moments are what is stored; scaling is `(z - shift) * scaling_factor`
-(raphael/diffusion/latents.py), measured on the corpus so that latents have a standard deviation of 1, and kept in the
+(raphael/net/latents.py), measured on the corpus so that latents have a standard deviation of 1, and kept in the
 saved config, never as a constant.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from raphael.config import AutoencoderConfig
-from raphael.diffusion.latents import sample_latents
+from raphael.base.config.params import PIXEL_AUTOENCODER, AutoencoderConfig
+from raphael.base.stage import read_json, write_json
 from raphael.encoders import pretrained, taesd
+from raphael.encoders.light.kl import KlNetwork, load_kl
+from raphael.encoders.pixels import PixelNetwork
 from raphael.encoders.pretrained import CONFIG, PretrainedError, follow, one_line
-from raphael.stage import read_json, write_json
+from raphael.net.latents import DETERMINISTIC_LOG_VARIANCE, sample_latents
+
+if TYPE_CHECKING:
+    import numpy as np
 
 KL_FILES = "config.json and diffusion_pytorch_model.safetensors"
-DETERMINISTIC_LOG_VARIANCE = -30.0  # diffusers' lower bound: a standard deviation of 3e-7
 INITIAL_LOG_VARIANCE = -7.0
 
 
@@ -37,13 +42,19 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.network = network
         self.tiny = isinstance(network, taesd.TinyNetwork)
-        if self.tiny:
+        self.is_pixels = isinstance(network, PixelNetwork)
+        self.kind = "taef2" if self.tiny else PIXEL_AUTOENCODER if self.is_pixels else "kl"
+        if self.kind != "kl":
             self.latent_channels, self.downsampling = network.latent_channels, network.downsampling
         else:
             self.latent_channels = int(network.config.latent_channels)
             self.downsampling = 2 ** (len(network.config.block_out_channels) - 1)
         self.set_scaling(1.0 if scaling_factor is None else scaling_factor, shift)
-        self.scaling_known = scaling_factor is not None
+        self.scaling_known = scaling_factor is not None or self.is_pixels
+
+    @property
+    def device(self) -> torch.device:
+        return next(itertools.chain(self.parameters(), self.buffers())).device
 
     def set_scaling(self, scaling_factor: float, shift: float) -> None:
         if not (math.isfinite(scaling_factor) and scaling_factor > 0 and math.isfinite(shift)):
@@ -56,8 +67,8 @@ class Autoencoder(nn.Module):
         if images.ndim != 4 or images.shape[1] != 3 or any(side % self.downsampling for side in images.shape[2:]):
             expected = f"(B, 3, H, W), sides multiples of {self.downsampling}"
             raise ValueError(f"images: got {tuple(images.shape)}, expected {expected}")
-        if self.tiny:
-            mean = self.network.encode(images * 0.5 + 0.5)
+        if self.kind != "kl":
+            mean = images if self.is_pixels else self.network.encode(images * 0.5 + 0.5)
             return torch.cat([mean, torch.full_like(mean, DETERMINISTIC_LOG_VARIANCE)], dim=1)
         return self.network.encode(images).latent_dist.parameters
 
@@ -66,13 +77,15 @@ class Autoencoder(nn.Module):
         return sample_latents(moments, self.scaling_factor, self.shift, noise)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B,C,h,w) -> pictures (B,3,H,W), clamped to [-1,1]."""
+        """Scaled latents (B,C,h,w) -> images (B,3,H,W), clamped to [-1,1]."""
         return self.decode_raw(latents / self.scaling_factor + self.shift).clamp(-1, 1)
 
     def decode_raw(self, latents: Tensor) -> Tensor:
-        """Unscaled latents -> pictures, not clamped: what the training's loss sees."""
+        """Unscaled latents -> images, not clamped: what the training's loss sees."""
         if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
             raise ValueError(f"latents: got {tuple(latents.shape)}, expected (B, {self.latent_channels}, h, w)")
+        if self.is_pixels:
+            return self.network.decode(latents)
         if self.tiny:
             return self.network.decode(latents) * 2 - 1
         return self.network.decode(latents).sample
@@ -80,14 +93,14 @@ class Autoencoder(nn.Module):
     @property
     def last_layer(self) -> Tensor:
         """The weight of the decoder's last convolution, by which its losses are balanced."""
-        if self.tiny:
-            raise ValueError("last_layer: got TAEF2, expected an AutoencoderKL: TAEF2 is not trained here")
+        if self.kind != "kl":
+            raise ValueError(f"last_layer: got {self.kind}, expected an AutoencoderKL: no other is trained here")
         return self.network.decoder.conv_out.weight
 
     def facts(self) -> dict[str, Any]:
         """What the records and the reports say of this autoencoder."""
         return {
-            "kind": "taef2" if self.tiny else "kl",
+            "kind": self.kind,
             "latent_channels": self.latent_channels,
             "downsampling": self.downsampling,
             "scaling_factor": self.scaling_factor,
@@ -98,12 +111,16 @@ class Autoencoder(nn.Module):
         """Write a folder that `load_autoencoder` reads; a KL one is diffusers' own. Equal weights give equal bytes."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        if self.is_pixels:
+            write_json(folder / CONFIG, {"kind": PIXEL_AUTOENCODER})
+            return
         if self.tiny:
             taesd.save_tiny(self.network, folder)
             write_json(folder / CONFIG, {"kind": "taef2", "scaling_factor": self.scaling_factor, "shift": self.shift})
             return
-        self.network.register_to_config(scaling_factor=self.scaling_factor, shift_factor=self.shift)
-        self.network.save_pretrained(folder, safe_serialization=True)
+        network = self.network.to_diffusers() if isinstance(self.network, KlNetwork) else self.network
+        network.register_to_config(scaling_factor=self.scaling_factor, shift_factor=self.shift)
+        network.save_pretrained(folder, safe_serialization=True)
         config = read_json(folder / CONFIG)
         config.pop("_name_or_path", None)  # where it once was says nothing, and would make equal folders differ
         write_json(folder / CONFIG, config)
@@ -139,9 +156,11 @@ def load_autoencoder(folder_or_id: str | Path) -> Autoencoder:
     """In evaluation mode, on the CPU, in float32. Raises PretrainedError, one line.
 
     folder_or_id: a folder written by `save` or `pretrained.write_pointer`, a diffusers folder, a folder with TAEF2's
-    two files, or a hub id of an AutoencoderKL.
+    two files, a hub id of an AutoencoderKL, or "pixels".
     """
     spec = follow(folder_or_id)
+    if spec == PIXEL_AUTOENCODER or _own_config(spec).get("kind") == PIXEL_AUTOENCODER:
+        return Autoencoder(PixelNetwork()).eval()
     known = {**_own_config(spec), **pretrained.pointed_facts(folder_or_id)}
     if (Path(spec).expanduser() / taesd.ENCODER_FILE).is_file():
         try:
@@ -157,10 +176,9 @@ def load_autoencoder(folder_or_id: str | Path) -> Autoencoder:
 
 
 def _load_kl(spec: str) -> nn.Module:
-    from diffusers import AutoencoderKL
-
     local = Path(spec).expanduser()
-    with one_line("the autoencoder", spec, KL_FILES):
+    name, revision = pretrained.split_revision(spec)
+    with one_line("the autoencoder", name, KL_FILES):
         if local.is_dir():
             kind = read_json(local / CONFIG).get("_class_name") if (local / CONFIG).is_file() else None
             if kind != "AutoencoderKL":
@@ -168,8 +186,13 @@ def _load_kl(spec: str) -> nn.Module:
                     f"the autoencoder: {spec}: got config.json of {kind or 'nothing'}, expected AutoencoderKL's "
                     f"({KL_FILES}), or {taesd.ENCODER_FILE} and {taesd.DECODER_FILE}"
                 )
+            if (light := load_kl(local)) is not None:
+                return light
+        from diffusers import AutoencoderKL
+
         return AutoencoderKL.from_pretrained(
-            str(local) if local.is_dir() else spec,
+            str(local) if local.is_dir() else name,
+            revision=revision,
             local_files_only=local.is_dir(),
             use_safetensors=True,  # a pickle can run code when it is read
             torch_dtype=torch.float32,
@@ -180,7 +203,31 @@ def _load_kl(spec: str) -> nn.Module:
 def _own_config(spec: str) -> dict[str, Any]:
     path = Path(spec).expanduser() / CONFIG
     config = read_json(path) if path.is_file() else {}
-    return config if config.get("kind") == "taef2" else {}
+    return config if config.get("kind") in ("taef2", PIXEL_AUTOENCODER) else {}
+
+
+ENCODED_AT_ONCE = 32
+
+
+@torch.inference_mode()
+def encode_images(autoencoder: Autoencoder, images: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """Images uint8 (M, H, W, 3) -> scaled latents (M, C, h, w), the posterior's means, where the autoencoder is.
+
+    size: (height, width) in px that they are scaled and cropped to.
+    """
+    import numpy as np
+    from PIL import Image
+
+    from raphael.base.images.fit import fit
+
+    device = autoencoder.device
+    if images.shape[1:3] != tuple(size):
+        images = np.stack([fit(Image.fromarray(image), *size, autoencoder.is_pixels) for image in images])
+    found = []
+    for first in range(0, len(images), ENCODED_AT_ONCE):
+        part = torch.from_numpy(images[first : first + ENCODED_AT_ONCE]).to(device).permute(0, 3, 1, 2)
+        found.append(autoencoder.latents_from_moments(autoencoder.encode_moments(part.float() / 127.5 - 1)).float())
+    return torch.cat(found)
 
 
 @torch.no_grad()
@@ -203,6 +250,6 @@ def measure_scaling(moments: Iterable[Tensor]) -> tuple[float, float]:
 
 
 def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each picture in dB, (B,). Both (B,3,H,W) in [-1,1], so the peak is 2."""
+    """Peak signal-to-noise ratio of each image in dB, (B,). Both (B,3,H,W) in [-1,1], so the peak is 2."""
     error = (images - reconstructions.clamp(-1, 1)).double().square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(4.0 / error.clamp(min=1e-12))

@@ -3,6 +3,8 @@
     models/clip/config.json         {"format": "open_clip", "model": {...}, "context_length": 32, "mean": [...], ...}
     models/clip/model.safetensors
 
+Of a large table of tokens a small file holds the rows that are used, and one for all other tokens (token_rows.py).
+
 The tokenizer is open_clip's byte-pair one, whose vocabulary ships with the package: nothing is downloaded.
 """
 
@@ -16,15 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raphael.config import ClipConfig
+from raphael.base.config.params import ClipConfig
+from raphael.base.stage import read_json, write_json
+from raphael.encoders.light.clip_text import text_tower, tokenizer_module
 from raphael.encoders.pretrained import CONFIG, PretrainedError, one_line
-from raphael.stage import read_json, write_json
+from raphael.encoders.token_rows import whole_table
 
 FORMAT = "open_clip"
 WEIGHTS = "model.safetensors"
+MAX_CHARS = 1 << 16  # of a text, for more than any context holds; a tokenizer takes minutes over 100 MB
 VISION_HEAD_WIDTH = 32  # of the small vision towers built here
 OPEN_CLIP_TOKEN_STD = 0.02  # how open_clip starts the token vectors
-# Mean and standard deviation of RGB in [0,1], of CLIP's own training pictures (openai/CLIP clip.py)
+# Mean and standard deviation of RGB in [0,1], of CLIP's own training images (openai/CLIP clip.py)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -42,7 +47,7 @@ class OpenClip:
     settings: dict[str, Any] | None = None  # the constructor's arguments; None where only a name is known
 
     def tokenize(self, texts: list[str]) -> Tensor:
-        return self.tokenizer(texts, context_length=self.context_length)
+        return self.tokenizer([text[:MAX_CHARS] for text in texts], context_length=self.context_length)
 
 
 def build_clip(config: ClipConfig) -> OpenClip:
@@ -72,7 +77,7 @@ def _vision_settings(config: ClipConfig) -> dict[str, Any]:
     got += f", patch_size_px {config.patch_size_px}"
     settings = {"image_size": config.image_size_px, "width": config.image_width, "head_width": VISION_HEAD_WIDTH}
     if config.image_tower == "resnet":
-        # its stem halves the picture twice, three of its stages once
+        # its stem halves the image twice, three of its stages once
         if config.image_size_px % 32 or config.image_width % 2 or config.patch_size_px:
             raise ValueError(
                 f"clip: got {got}; a resnet wants a size that is a multiple of 32, an even width and patch_size_px 0; "
@@ -104,17 +109,24 @@ def is_clip_folder(folder: str | Path) -> bool:
     return path.is_file() and read_json(path).get("format") == FORMAT
 
 
-def load_clip_folder(folder: str | Path) -> OpenClip:
-    """In evaluation mode, frozen, float32. Raises PretrainedError, one line."""
+def load_clip_folder(folder: str | Path, text_only: bool = False) -> OpenClip:
+    """In evaluation mode, frozen, float32, whatever type is stored. Raises PretrainedError, one line.
+
+    text_only: its text tower is enough; the model is a TextTower where it can be, which spares importing open_clip.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder).expanduser()
     config = read_json(folder / CONFIG)
     try:
-        clip = _assemble(config["model"], tuple(config["mean"]), tuple(config["std"]))
-        clip.model.load_state_dict(load_file(folder / WEIGHTS))
-    except (KeyError, TypeError, RuntimeError, SafetensorError, OSError) as error:
+        tokenizer, model = _tokenizer(), config["model"]
+        tensors = whole_table(load_file(folder / WEIGHTS), tokenizer.vocab_size)
+        tower = text_tower(model, tensors) if text_only else None
+        clip = _assemble(model, tuple(config["mean"]), tuple(config["std"]), tower, tokenizer)
+        if tower is None:
+            clip.model.load_state_dict(tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError, OSError) as error:
         detail = " ".join(str(error).split())[:200]
         raise PretrainedError(f"CLIP: {folder}: {CONFIG} and {WEIGHTS} do not fit or are damaged ({detail})") from None
     clip.model.eval().requires_grad_(False)
@@ -166,18 +178,24 @@ def normaliser(mean: tuple[float, ...], std: tuple[float, ...]) -> Callable[[Ten
     return normalise
 
 
-def _assemble(settings: dict[str, Any], mean: tuple = CLIP_MEAN, std: tuple = CLIP_STD) -> OpenClip:
-    from open_clip import CLIP
+def _assemble(
+    settings: dict[str, Any],
+    mean: tuple = CLIP_MEAN,
+    std: tuple = CLIP_STD,
+    model: nn.Module | None = None,
+    tokenizer: Any = None,
+) -> OpenClip:
+    if model is None:
+        from open_clip import CLIP
 
-    model = CLIP(**settings)
+        model = CLIP(**settings)
     length = settings["text_cfg"]["context_length"]
-    return OpenClip(model, _tokenizer(), length, _side(settings["vision_cfg"]["image_size"]), mean, std, settings)
+    side = _side(settings["vision_cfg"]["image_size"])
+    return OpenClip(model, tokenizer or _tokenizer(), length, side, mean, std, settings)
 
 
 def _tokenizer() -> Any:
-    from open_clip.tokenizer import SimpleTokenizer
-
-    return SimpleTokenizer()
+    return tokenizer_module().SimpleTokenizer()
 
 
 def _side(size: int | tuple[int, int]) -> int:

@@ -1,4 +1,4 @@
-"""A CLIP as a judge: pictures and texts as unit vectors of one space; a dot product is the CLIP score's cosine."""
+"""A CLIP as a judge: images and texts as unit vectors of one space; a dot product is the CLIP score's cosine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from raphael.encoders.clip import OpenClip, is_clip_folder, load_clip_folder, load_open_clip, normaliser
-from raphael.encoders.pretrained import PretrainedError, follow, one_line
+from raphael.encoders.pretrained import PretrainedError, follow, one_line, split_revision
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -22,7 +22,7 @@ BATCH = 64
 class ClipScorer(nn.Module):
     """embed_images and embed_texts, both -> float32 (B,D) of unit norm. `name` says which CLIP this is.
 
-    Pictures are scaled (bicubic) until their short side is the tower's, cropped to the middle, and normalised with the
+    Images are scaled (bicubic) until their short side is the tower's, cropped to the middle, and normalised with the
     mean and standard deviation that the tower was trained with.
     """
 
@@ -46,7 +46,7 @@ class ClipScorer(nn.Module):
 
     @torch.no_grad()
     def embed_images(self, images: Sequence[Image.Image] | np.ndarray) -> Tensor:
-        """images: PIL pictures of any size, or uint8 (B,H,W,3)."""
+        """images: PIL images of any size, or uint8 (B,H,W,3)."""
         parts = []
         for start in range(0, len(images), BATCH):
             pixels = np.stack([self._fit(image) for image in images[start : start + BATCH]])
@@ -66,7 +66,7 @@ class ClipScorer(nn.Module):
         if not isinstance(image, Image.Image):
             array = np.asarray(image)
             if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
-                raise ValueError(f"images: got {array.dtype} {array.shape}, expected PIL pictures or uint8 (B,H,W,3)")
+                raise ValueError(f"images: got {array.dtype} {array.shape}, expected PIL images or uint8 (B,H,W,3)")
             image = Image.fromarray(array)
         image = image.convert("RGB")
         side, (width, height) = self.image_size_px, image.size
@@ -82,7 +82,7 @@ class ClipScorer(nn.Module):
 def load_clip(spec_or_folder: str | Path) -> ClipScorer:
     """models/clip or another folder of that form, a pointer, "open_clip:<arch>:<weights>", "clip:<folder or hub id>".
 
-    Raises PretrainedError, one line; a T5 has no pictures.
+    Raises PretrainedError, one line; a T5 has no images.
     """
     spec = follow(spec_or_folder)
     kind, _, rest = spec.partition(":")
@@ -108,18 +108,26 @@ def from_open_clip(clip: OpenClip, name: str) -> ClipScorer:
 def _from_transformers(where: str) -> ClipScorer:
     from transformers import AutoTokenizer, CLIPModel
 
-    from raphael.encoders.clip import CLIP_MEAN, CLIP_STD
+    from raphael.encoders.clip import CLIP_MEAN, CLIP_STD, MAX_CHARS
 
     local = Path(where).expanduser()
+    where, revision = split_revision(where)
     target, local_only = (str(local), True) if local.is_dir() else (where, False)
+    safely: dict[str, Any] = {"local_files_only": local_only, "revision": revision, "trust_remote_code": False}
     with one_line("CLIP", where, "config.json, model.safetensors and the tokenizer's files"):
-        tokenizer = AutoTokenizer.from_pretrained(target, local_files_only=local_only)
-        model = CLIPModel.from_pretrained(target, local_files_only=local_only, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(target, **safely)
+        model = CLIPModel.from_pretrained(target, use_safetensors=True, dtype=torch.float32, **safely)
     model.eval().requires_grad_(False)
     length = model.config.text_config.max_position_embeddings
 
     def tokenize(texts: list[str]) -> Tensor:
-        batch = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        batch = tokenizer(
+            [text[:MAX_CHARS] for text in texts],
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            return_tensors="pt",
+        )
         return batch["input_ids"]
 
     features = (
@@ -132,5 +140,5 @@ def _from_transformers(where: str) -> ClipScorer:
 
 def _unit(parts: list[Tensor]) -> Tensor:
     if not parts:
-        raise ValueError("got nothing to embed, expected at least one picture or text")
+        raise ValueError("got nothing to embed, expected at least one image or text")
     return torch.nn.functional.normalize(torch.cat(parts).float(), dim=-1)

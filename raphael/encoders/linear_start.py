@@ -1,8 +1,8 @@
-"""A start for AutoencoderKL that already halves and doubles pictures, so that a short training goes into the details.
+"""A start for AutoencoderKL that already halves and doubles images, so that a short training goes into the details.
 
-From random weights the first thousands of pictures teach the network no more than the colours. Here the first channels
+From random weights the first thousands of images teach the network no more than the colours. Here the first channels
 carry red, green and blue linearly, through the nonlinearity too: silu(x) - silu(-x) = x, so each colour travels as the
-pair (x, -x). A constant pair keeps the group norms' divisor nearly the same for all pictures. All else stays random.
+pair (x, -x). A constant pair keeps the group norms' divisor nearly the same for all images. All else stays random.
 """
 
 from __future__ import annotations

@@ -6,13 +6,20 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
-from raphael.stage import StageError, read_json, write_json
+from safetensors import SafetensorError
+
+from raphael.base.config.consent import COMMIT, REVISION, is_of_settings, remote_is_allowed
+from raphael.base.config.params import NO_TEXT, PIXEL_AUTOENCODER
+from raphael.base.stage import StageError, read_json, write_json
 
 POINTER = "pointer.json"  # a folder with this file stands for what lies elsewhere
 HERE = "{here}"  # in a pointer's spec: the pointer's own folder, so that both move together
 CONFIG = "config.json"
+_NO_FIT = (KeyError, RuntimeError, ValueError, TypeError, AttributeError)
+_NO_WEIGHTS = (EOFError, UnpicklingError, SafetensorError)
 MAX_COPY_BYTES = 1 << 30  # larger weights are pointed at, not copied
 
 
@@ -21,14 +28,58 @@ class PretrainedError(StageError, ValueError):
 
 
 def follow(spec: str | Path) -> str:
-    """The spec that a pointer folder names, or `spec` itself."""
+    """The spec that a pointer folder names, or `spec` itself.
+
+    Raises PretrainedError for a pointer that leads out of its folder, unless the settings name the same or the user
+    said --allow-remote; of the hub then only a pinned commit. A folder from a stranger decides nothing else.
+    """
     pointer = Path(spec) / POINTER
     if not pointer.is_file():
         return str(spec)
     data = read_json(pointer)
     if not isinstance(data, dict) or not isinstance(data.get("spec"), str):
         raise PretrainedError(f'{pointer}: got {json.dumps(data)[:100]}, expected {{"spec": "<folder or hub id>"}}')
-    return data["spec"].replace(HERE, str(spec))
+    target = data["spec"].replace(HERE, str(spec))
+    if target not in (NO_TEXT, PIXEL_AUTOENCODER) and not is_of_settings(target):
+        _refuse_stranger(pointer, target)
+    return target
+
+
+def _refuse_stranger(pointer: Path, target: str) -> None:
+    kind, _, place = target.partition(":")
+    if kind == "open_clip":
+        place = place.partition(":")[2]
+    elif kind not in ("clip", "t5"):
+        kind, place = "", target
+    path = Path(place).expanduser()
+    is_here = path.exists() or looks_like_path(place)
+    if is_here and path.resolve().is_relative_to(pointer.parent.resolve()):
+        if path.is_file() and path.suffix != ".safetensors":
+            raise PretrainedError(f"{pointer}: got {path.name}, expected weights in .safetensors: nothing else is read")
+        return
+    where = "a place outside this folder" if is_here else "the hub"
+    if not remote_is_allowed():
+        raise PretrainedError(
+            f"{pointer}: leads to {where}, {target!r}: refused, since who made the folder chose it; if you trust that, "
+            "say --allow-remote (in Python: RAPHAEL_ALLOW_REMOTE=1)"
+        )
+    # A tag is of open_clip's own table, which names no repository of a stranger's
+    if not is_here and kind != "open_clip" and not (split_revision(place)[1]):
+        raise PretrainedError(
+            f"{pointer}: got {target!r}, expected {target.partition(REVISION)[0]}{REVISION}<commit>, 40 hexadecimal "
+            "digits: without them it is whatever its owner puts there; write the commit that you have looked at there"
+        )
+
+
+def split_revision(where: str) -> tuple[str, str | None]:
+    """owner/name@<commit> -> (owner/name, commit); a folder, or a hub id without a commit -> (itself, None)."""
+    name, _, commit = where.rpartition(REVISION)
+    return (name, commit) if COMMIT.fullmatch(commit) and not Path(where).exists() else (where, None)
+
+
+def pinned(spec: str, commit: str | None) -> str:
+    """The spec at the commit that was loaded; as it is where it has none, or has one already."""
+    return f"{spec}{REVISION}{commit}" if commit and REVISION not in spec else spec
 
 
 def pointed_facts(folder: str | Path) -> dict[str, Any]:
@@ -67,7 +118,7 @@ def one_line(what: str, spec: str, expected: str) -> Iterator[None]:
             f"network, fetch it (hf download {spec} --local-dir DIR), then set `pretrained` to that folder, "
             f"which must hold {expected}"
         ) from None
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (*_NO_FIT, *_NO_WEIGHTS) as error:
         detail = " ".join(str(error).split())[:200]
         raise PretrainedError(f"{what}: {spec}: its files do not fit ({detail}); expected {expected}") from None
 

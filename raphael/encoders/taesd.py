@@ -49,7 +49,7 @@ class Squash(nn.Module):
 
 
 class TinyNetwork(nn.Module):
-    """encode: pictures (B,3,H,W) in [0,1] -> (B,C,H/8,W/8). decode: the way back, not clamped."""
+    """encode: images (B,3,H,W) in [0,1] -> (B,C,H/8,W/8). decode: the way back, not clamped."""
 
     downsampling = 8
 

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from raphael.encoders.clip import OpenClip, is_clip_folder, load_clip_folder, load_open_clip
-from raphael.encoders.pretrained import PretrainedError, follow, one_line, pointed_facts
+from raphael.base.config.params import NO_TEXT
+from raphael.encoders.clip import MAX_CHARS, OpenClip, is_clip_folder, load_clip_folder, load_open_clip
+from raphael.encoders.pretrained import PretrainedError, follow, one_line, pointed_facts, split_revision
 
 T5_CONTEXT = 77  # T5 knows no longest text; the denoiser's context is CLIP's unless told otherwise
 START, END, PAD = "<start>", "<end>", "<pad>"
@@ -32,6 +33,7 @@ class TextEncoder(nn.Module):
     context_length: int
     dim: int
     kind: str
+    commit: str | None = None  # of the hub's repository that it was loaded from
 
     def tokenize(self, texts: list[str]) -> Tensor:
         """-> int64 (B,N); longer texts are cut, the closing token kept."""
@@ -50,6 +52,30 @@ class TextEncoder(nn.Module):
         (ids,) = self.tokenize([prompt])
         real = int(self._mask(ids[None]).sum())
         return [self._piece(int(token)) for token in ids[:real]] + [PAD] * (self.context_length - real)
+
+    opening = 1  # tokens before the text's own: CLIP's opening one
+    closing = 1
+
+    @property
+    def room(self) -> int:
+        """How many tokens of a text are read: the context without the opening and the closing one."""
+        return self.context_length - self.opening - self.closing
+
+    def pieces(self, text: str) -> list[int]:
+        """The token ids of a text of any length, without those that open and close it."""
+        raise NotImplementedError
+
+    def text_of(self, token_ids: list[int]) -> str:
+        raise NotImplementedError
+
+    def sentence(self, token_ids: list[int]) -> Tensor:
+        """At most `room` ids, opened, closed and padded as `tokenize` does it: int64 (N,)."""
+        (padded,) = self.tokenize([""])
+        closed = int(self._mask(padded[None]).sum())  # of the empty text: what opens and closes
+        after = padded[closed:].clone()
+        own = torch.tensor(token_ids, dtype=padded.dtype)
+        whole = torch.cat([padded[: self.opening], own, padded[self.opening : closed], after])
+        return whole[: self.context_length]
 
     def facts(self) -> dict[str, Any]:
         return {"kind": self.kind, "context_length": self.context_length, "dim": self.dim}
@@ -87,7 +113,7 @@ class OpenClipText(TextEncoder):
         self.dim = int(self.ln_final.weight.shape[0])
 
     def tokenize(self, texts: list[str]) -> Tensor:
-        return self.tokenizer(list(texts), context_length=self.context_length)
+        return self.tokenizer([text[:MAX_CHARS] for text in texts], context_length=self.context_length)
 
     def _encode(self, token_ids: Tensor) -> TextEncoding:
         length = self.context_length
@@ -105,6 +131,12 @@ class OpenClipText(TextEncoder):
     def _mask(self, token_ids: Tensor) -> Tensor:
         return up_to_first(token_ids, self.tokenizer.eot_token_id)
 
+    def pieces(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text)
+
+    def text_of(self, token_ids: list[int]) -> str:
+        return self.tokenizer.decode(token_ids).strip()
+
     def _piece(self, token: int) -> str:
         special = {self.tokenizer.sot_token_id: START, self.tokenizer.eot_token_id: END}
         return special.get(token) or self.tokenizer.decode([token]).strip()
@@ -113,14 +145,20 @@ class OpenClipText(TextEncoder):
 class TransformersText(TextEncoder):
     """transformers' CLIPTextModel ("clip") or T5EncoderModel ("t5") with its tokenizer."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, kind: str, context_length: int):
+    def __init__(self, model: nn.Module, tokenizer: Any, kind: str, context_length: int, commit: str | None = None):
         super().__init__()
         self.model, self.tokenizer, self.kind, self.context_length = model, tokenizer, kind, context_length
+        self.commit = commit
         self.dim = int(model.config.d_model if kind == "t5" else model.config.hidden_size)
+        self.opening = 0 if kind == "t5" else 1
 
     def tokenize(self, texts: list[str]) -> Tensor:
         batch = self.tokenizer(
-            list(texts), padding="max_length", max_length=self.context_length, truncation=True, return_tensors="pt"
+            [text[:MAX_CHARS] for text in texts],
+            padding="max_length",
+            max_length=self.context_length,
+            truncation=True,
+            return_tensors="pt",
         )
         return batch["input_ids"].long()
 
@@ -138,6 +176,12 @@ class TransformersText(TextEncoder):
     def _mask(self, token_ids: Tensor) -> Tensor:
         return up_to_first(token_ids, self.tokenizer.eos_token_id)
 
+    def pieces(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def text_of(self, token_ids: list[int]) -> str:
+        return self.tokenizer.decode(token_ids).strip()
+
     def _piece(self, token: int) -> str:
         if token == self.tokenizer.eos_token_id:
             return END
@@ -154,6 +198,8 @@ def load_text_encoder(spec_or_folder: str | Path, context_length: int | None = N
     """
     context_length = context_length or pointed_facts(spec_or_folder).get("context_length")
     spec = follow(spec_or_folder)
+    if spec == NO_TEXT:
+        raise PretrainedError("the text encoder: got none, as clip.pretrained says; name one there and run clip again")
     kind, _, rest = spec.partition(":")
     if kind == "open_clip" and rest:
         arch, _, weights = rest.partition(":")
@@ -161,7 +207,7 @@ def load_text_encoder(spec_or_folder: str | Path, context_length: int | None = N
     elif kind in ("clip", "t5") and rest:
         encoder = _load_transformers(kind, rest, context_length)
     elif is_clip_folder(spec):
-        encoder = OpenClipText(load_clip_folder(spec))
+        encoder = OpenClipText(load_clip_folder(spec, text_only=True))
     else:
         raise PretrainedError(f"the text encoder: got {spec!r}, which has no config.json of ours; expected {SPECS}")
     return encoder.eval().requires_grad_(False)
@@ -171,13 +217,17 @@ def _load_transformers(kind: str, where: str, context_length: int | None) -> Tex
     from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
     local = Path(where).expanduser()
+    where, revision = split_revision(where)
     target, local_only = (str(local), True) if local.is_dir() else (where, False)
+    # Without trust_remote_code=False a folder with `auto_map` asks whether to run its code
+    safely: dict[str, Any] = {"local_files_only": local_only, "revision": revision, "trust_remote_code": False}
     with one_line(f"the text encoder {kind}", where, "config.json, model.safetensors and the tokenizer's files"):
-        tokenizer = AutoTokenizer.from_pretrained(target, local_files_only=local_only)
+        tokenizer = AutoTokenizer.from_pretrained(target, **safely)
         model = (T5EncoderModel if kind == "t5" else CLIPTextModel).from_pretrained(
-            target, local_files_only=local_only, use_safetensors=True, dtype=torch.float32
+            target, use_safetensors=True, dtype=torch.float32, **safely
         )
+    commit = getattr(model.config, "_commit_hash", None)  # None of a folder
     longest = T5_CONTEXT if kind == "t5" else model.config.max_position_embeddings
     if kind == "clip" and context_length and context_length > longest:
         raise PretrainedError(f"the text encoder clip: got context_length {context_length}, expected at most {longest}")
-    return TransformersText(model, tokenizer, kind, context_length or longest)
+    return TransformersText(model, tokenizer, kind, context_length or longest, commit)

@@ -8,12 +8,13 @@ makes "!" a special token there, so prompts with an exclamation mark get other i
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from raphael.base.stage import StageError
 from raphael.encoders.text import OpenClipText, TextEncoder
-from raphael.stage import StageError
 
 PAD, START, END = "!", "<|startoftext|>", "<|endoftext|>"
 LAYER = {
@@ -28,7 +29,7 @@ LAYER = {
 def save_transformers(encoder: TextEncoder, model_folder: Path, tokenizer_folder: Path) -> str:
     """Write both folders. Returns the class of the model. Raises StageError for a tower of another build."""
     if isinstance(encoder, OpenClipText):
-        model, tokenizer = clip_text_model(encoder), clip_tokenizer(encoder)
+        model, tokenizer = clip_text_model(encoder), clip_tokenizer(encoder.tokenizer, encoder.context_length)
     else:
         model, tokenizer = encoder.model, encoder.tokenizer
     model.save_pretrained(model_folder, safe_serialization=True)
@@ -82,16 +83,15 @@ def _renamed(encoder: OpenClipText) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in state.items()}
 
 
-def clip_tokenizer(encoder: OpenClipText) -> object:
-    """transformers' CLIPTokenizer with open_clip's vocabulary."""
+def clip_tokenizer(ours: Any, length: int, pad: str = PAD) -> Any:
+    """transformers' CLIPTokenizer with the vocabulary of open_clip's `ours`, for texts of `length` tokens."""
     from transformers import CLIPTokenizer
 
-    ours = encoder.tokenizer
     special = {ours.sot_token_id: START, ours.eot_token_id: END}
     vocabulary = {special.get(index, piece): index for piece, index in ours.encoder.items()}
     return CLIPTokenizer(
         vocab=vocabulary,
         merges=sorted(ours.bpe_ranks, key=ours.bpe_ranks.get),
-        pad_token=PAD,
-        model_max_length=encoder.context_length,
+        pad_token=pad,
+        model_max_length=length,
     )

@@ -1,0 +1,1 @@
+"""The pipeline object, its stage, export and import."""

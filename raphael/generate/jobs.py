@@ -1,32 +1,37 @@
-"""Many pictures of many prompts into a folder, images.json beside them; taken up again when killed."""
+"""Many images of many prompts into a folder, images.json beside them; taken up again when killed."""
 
 from __future__ import annotations
 
-import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raphael.stage import StageError, read_json, write_json
+from raphael.base.files import written_whole
+from raphael.base.images.fit import is_whole
+from raphael.base.stage import StageError, read_json, write_json
+from raphael.generate.metadata import Made, chunk
 
 if TYPE_CHECKING:
+    from raphael.diffusion.sampling import Sampling
     from raphael.generate.pipeline import RaphaelPipeline
-    from raphael.sampling import Sampling
 
 LISTING = "images.json"
-Job = dict[str, Any]
+ImageEntry = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class How:
-    """How a list is drawn. size_px: (height, width), None: the first that the model was trained at."""
+    """How a list of images is generated. size_px: (height, width), None: the first that the model was trained at.
+    metadata: PNGs say how they were made (metadata.py)."""
 
     sampling: Sampling
     seed: int = 0
     batch_size: int = 50
     negative_prompt: str = ""
     size_px: tuple[int, int] | None = None
+    metadata: bool = False
 
 
 def read_prompt_list(file: Path) -> dict[str, Any]:
@@ -51,68 +56,85 @@ def read_prompt_list(file: Path) -> dict[str, Any]:
     return listed
 
 
-def picture_jobs(listed: dict[str, Any], images_per_prompt: int) -> list[Job]:
-    """One entry per picture, in order: its file, index, and its prompt's entry.
+def image_entries(listed: dict[str, Any], images_per_prompt: int) -> list[ImageEntry]:
+    """One entry per image, in order: its file, index, and its prompt's entry.
 
     Raises StageError where there are no prompts in it.
     """
     entries = listed.get("prompts") if isinstance(listed, dict) else None
     if not entries:
         raise StageError("prompts.json: got no prompts, expected a list of them; run the stage source again")
-    pictures = [entry for entry in entries for _ in range(images_per_prompt)]
-    return [{"file": f"{index:05d}.png", "index": index, **entry} for index, entry in enumerate(pictures)]
+    images = [entry for entry in entries for _ in range(images_per_prompt)]
+    return [{"file": f"{index:05d}.png", "index": index, **entry} for index, entry in enumerate(images)]
 
 
-def unfinished_blocks(jobs: list[Job], size: int, folder: Path) -> list[list[Job]]:
-    """Blocks of `size` with a picture missing. They are drawn as a whole, so that a run that was killed sees the very
-    batches of an undisturbed one, and ends in the same bytes."""
-    blocks = [jobs[start : start + size] for start in range(0, len(jobs), size)]
-    return [block for block in blocks if not all((folder / job["file"]).is_file() for job in block)]
+def unfinished_blocks(entries: list[ImageEntry], size: int, folder: Path) -> list[list[ImageEntry]]:
+    """Blocks of `size` with an image missing. They are generated as a whole, so that a run that was killed sees
+    the very batches of an undisturbed one, and ends in the same bytes. A damaged image is named, and removed; so is
+    what a killed run left half written."""
+    for left in folder.glob(".*.png"):
+        left.unlink()
+    for entry in entries:
+        if (file := folder / entry["file"]).is_file() and not is_whole(file):
+            print(f"{file}: damaged: generated again", file=sys.stderr, flush=True)
+            file.unlink()
+    return unfinished([entries[start : start + size] for start in range(0, len(entries), size)], folder)
 
 
-def draw_jobs(pipeline: RaphaelPipeline, block: list[Job], how: How, folder: Path) -> None:
-    """Draw one block as one batch and write its pictures, each whole or not at all.
+def unfinished(blocks: list[list[ImageEntry]], folder: Path) -> list[list[ImageEntry]]:
+    """Those with an image missing."""
+    return [block for block in blocks if not all((folder / entry["file"]).is_file() for entry in block)]
 
-    A picture's seed is (how.seed, index), or its prompt's own where an evaluation protocol gives one.
+
+def generate_entries(pipeline: RaphaelPipeline, block: list[ImageEntry], how: How, folder: Path) -> None:
+    """Generate one block as one batch and write its images, each atomically.
+
+    An image's seed is (how.seed, index), or its prompt's own where an evaluation protocol gives one.
     """
     from PIL import Image
 
-    from raphael.sampling import draw_images
+    from raphael.diffusion.sampling import generate_images
 
-    seeds = [(job["seed"], 0) if "seed" in job else (how.seed, job["index"]) for job in block]
-    parts, prompts = pipeline.parts(*(how.size_px or (None, None))), [job["prompt"] for job in block]
-    pictures = draw_images(parts, prompts, seeds, how.sampling, how.negative_prompt, batch_size=len(block))
-    for job, picture in zip(block, pictures, strict=True):
-        temporary = folder / f".{job['file']}"
-        Image.fromarray(picture).save(temporary, format="PNG")
-        os.replace(temporary, folder / job["file"])
+    seeds = [(entry["seed"], 0) if "seed" in entry else (how.seed, entry["index"]) for entry in block]
+    reader, prompts = pipeline.reader(how.sampling, weighted=False), [entry["prompt"] for entry in block]
+    parts = pipeline.parts(*(how.size_px or (None, None)), reader)
+    images = generate_images(parts, prompts, seeds, how.sampling, how.negative_prompt, batch_size=len(block))
+    for row, (entry, image) in enumerate(zip(block, images, strict=True)):
+        info = None
+        if how.metadata:
+            own = tuple(seeds) if any("seed" in entry for entry in block) else ()
+            made = (pipeline.identity, how.seed, block[0]["index"], row, tuple(prompts))
+            size_px = (image.shape[0], image.shape[1])
+            info = chunk(Made(*made, how.negative_prompt, how.sampling, size_px, own, as_written=True))
+        with written_whole(folder / entry["file"]) as temporary:
+            Image.fromarray(image).save(temporary, format="PNG", pnginfo=info)
 
 
-def draw_list(
+def generate_list(
     pipeline: RaphaelPipeline,
-    jobs: list[Job],
+    entries: list[ImageEntry],
     how: How,
     settings: dict[str, Any],
     out: Path,
     tick: Callable[[int], None] = lambda n: None,
 ) -> None:
-    """All pictures into `out`. settings: what images.json tells of them.
+    """All images into `out`. settings: what images.json tells of them.
 
-    images.json is written first: with a picture missing the folder is no measured set (picture_folder.py says so), and
-    the same call goes on in it. Raises StageError for a folder with other pictures.
+    images.json is written first: with an image missing the folder is no measured set (image_folder.py says so), and
+    the same call resumes in it. Raises StageError for a folder with other images.
     """
-    listing = {"model": pipeline.identity, "settings": settings, "images": jobs}
+    listing = {"model": pipeline.identity, "settings": settings, "images": entries}
     if out.is_dir() and any(out.iterdir()):
         known = read_json(out / LISTING) if (out / LISTING).is_file() else None
         if known != listing:
             raise StageError(
-                f"--out: {out} holds other pictures (another model, prompts or settings); expected a new folder, or "
+                f"--out: {out} holds other images (another model, prompts or settings); expected a new folder, or "
                 "that of the same call"
             )
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / LISTING, listing)
-    unfinished = unfinished_blocks(jobs, how.batch_size, out)
-    tick(len(jobs) - sum(map(len, unfinished)))
+    unfinished = unfinished_blocks(entries, how.batch_size, out)
+    tick(len(entries) - sum(map(len, unfinished)))
     for block in unfinished:
-        draw_jobs(pipeline, block, how, out)
+        generate_entries(pipeline, block, how, out)
         tick(len(block))

@@ -1,5 +1,7 @@
-"""Attention with its two explicit hooks: `bias` (an added score, paint-with-words) and `edit` (map -> map,
-prompt-to-prompt, recording). Both None on the fast path.
+"""Attention, and its two explicit hooks (raphael/net/condition.py): absent, nothing is asked of them.
+
+Present, every row is computed as without them, and then the rows that they act on once more, with them: a row that no
+hook sees keeps its bytes.
 
 Letters of the shape suffixes: B samples, H heads, P pixels (queries), N keys, D width.
 """
@@ -14,20 +16,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raphael.net.condition import AttentionHooks, AttentionSite, Condition, HookCall, Step
+
+Joined = Literal["mean_of_heads", "max_of_heads"]
+
 
 @dataclass(frozen=True)
-class AttentionSite:
-    """Where in the network an attention map arises."""
+class ActiveHooks:
+    """A condition's hooks for one forward pass."""
 
-    kind: Literal["self", "cross"]
-    block: int  # transformer blocks are counted in the order of the forward pass
-    height: int
-    width: int
+    hooks: AttentionHooks
+    places: Tensor  # (R,) int64, on the device: rows of the batch that they act on
+    rows: Tensor  # (R,) int64, on the CPU: which rows of the hooked condition those are
+    step: Step | None
+    conditional: Tensor  # (R,) bool, on the CPU: not guidance's null rows
 
+    @classmethod
+    def of(cls, condition: Condition, batch_size: int, device: torch.device) -> ActiveHooks | None:
+        """None where there are no hooks, or none of the rows is theirs."""
+        if condition.hooks is None:
+            return None
+        hooked = torch.arange(batch_size) if condition.hooked is None else condition.hooked
+        places = (hooked >= 0).nonzero().flatten()
+        if not len(places):
+            return None
+        marks = torch.ones(batch_size, dtype=torch.bool) if condition.conditional is None else condition.conditional
+        return cls(condition.hooks, places.to(device), hooked[places], condition.step, marks[places])
 
-MaskSource = Literal["mean_of_heads", "max_of_heads"]
-AttentionBias = Callable[[AttentionSite, Tensor], Tensor]  # scores (B, H, P, N) -> what is added to them
-AttentionEdit = Callable[[AttentionSite, Tensor], Tensor]  # probabilities (B, H, P, N) -> probabilities
+    def add_bias(self, site: AttentionSite, scores: Tensor) -> Tensor:
+        return scores if self.hooks.bias is None else scores + self.hooks.bias(self._call(site), scores)
+
+    def edited(self, site: AttentionSite, probabilities: Tensor) -> Tensor:
+        return probabilities if self.hooks.edit is None else self.hooks.edit(self._call(site), probabilities)
+
+    def _call(self, site: AttentionSite) -> HookCall:
+        sigma, progress = (self.step.sigma, self.step.progress) if self.step is not None else (None, None)
+        return HookCall(site, self.rows, sigma, progress, self.conditional)
 
 
 # On a CPU torch's fused kernel takes 5 x as long as the plain products for small maps (bf16, backward, 64 pixels)
@@ -45,29 +69,35 @@ class SelfAttention(nn.Module):
         self,
         h: Tensor,  # (B, P, D)
         site: AttentionSite,
-        edit: AttentionEdit | None = None,
+        hooks: ActiveHooks | None = None,  # of them `edit`
     ) -> Tensor:  # (B, P, D)
         B, P, D = h.shape
         q, k, v = self.qkv(h).view(B, P, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, P, D/H)
-        if edit is None and (P > SMALL_MAP_PIXELS or h.device.type != "cpu"):
+        if P > SMALL_MAP_PIXELS or h.device.type != "cpu":
             out = F.scaled_dot_product_attention(q, k, v)
         else:
-            probabilities = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1)
-            out = (probabilities if edit is None else edit(site, probabilities)).to(v.dtype) @ v
+            out = self._map(q, k).to(v.dtype) @ v
+        if hooks is not None and hooks.hooks.edit is not None:
+            rows = hooks.places
+            edited = hooks.edited(site, self._map(q[rows], k[rows])).to(v.dtype) @ v[rows]
+            out = out.index_copy(0, rows, edited)
         return self.out(out.transpose(1, 2).reshape(B, P, D))
+
+    @staticmethod
+    def _map(q_BHPd: Tensor, k_BHPd: Tensor) -> Tensor:
+        return torch.softmax(q_BHPd @ k_BHPd.mT * q_BHPd.shape[-1] ** -0.5, dim=-1)
 
 
 class CrossAttention(nn.Module):
     """M = softmax(Q K^T / sqrt(d)), out = M V; Q from the map, K and V from the text (RAPHAEL, section 2).
 
-    The map M is returned, its heads' mean, or their maximum (mask_source): Space-MoE cuts its regions from it, the edge
-    head learns on it. Where nobody reads it (need_map False) it is not formed, nor kept for the backward pass, unless
-    a hook asks for scores.
+    The map M is returned, its heads' mean, or their maximum (joined): Space-MoE cuts its regions from it, the edge
+    head learns on it. Where nobody reads it (need_map False) it is not formed, nor kept for the backward pass.
     """
 
-    def __init__(self, dim: int, context_dim: int, head_dim: int, mask_source: MaskSource = "mean_of_heads"):
+    def __init__(self, dim: int, context_dim: int, head_dim: int, joined: Joined = "mean_of_heads"):
         super().__init__()
-        self.num_heads, self.mask_source = dim // head_dim, mask_source
+        self.num_heads, self.joined = dim // head_dim, joined
         self.q = nn.Linear(dim, dim, bias=False)
         self.kv = nn.Linear(context_dim, 2 * dim, bias=False)
         self.out = nn.Linear(dim, dim)
@@ -78,8 +108,7 @@ class CrossAttention(nn.Module):
         context: Tensor,  # (B, N, C)
         context_mask: Tensor | None,  # (B, N) bool, False: no attention to this token
         site: AttentionSite,
-        bias: AttentionBias | None = None,
-        edit: AttentionEdit | None = None,
+        hooks: ActiveHooks | None = None,
         keys_values: tuple[Tensor, Tensor] | None = None,  # of `context`, where the caller has them from before
         need_map: bool = True,
     ) -> tuple[Tensor, Tensor | None]:  # (B, P, D), M (B, P, N)
@@ -87,23 +116,25 @@ class CrossAttention(nn.Module):
         B, P, D = h.shape
         q_BHPd = self.q(h).view(B, P, self.num_heads, -1).transpose(1, 2)
         k_BHNd, v_BHNd = self.keys_values(context) if keys_values is None else keys_values
-        if not need_map and bias is None and edit is None:
-            out = _attend(q_BHPd, k_BHNd, v_BHNd, context_mask)
-            return self.out(out.transpose(1, 2).reshape(B, P, D)), None
-        scores_BHPN = q_BHPd @ k_BHNd.mT * q_BHPd.shape[-1] ** -0.5
-        if bias is not None:
-            scores_BHPN = scores_BHPN + bias(site, scores_BHPN)
-        if context_mask is not None:
-            # the lowest finite number: a row of -inf would be NaN where a sample has no token at all
-            lowest = torch.finfo(scores_BHPN.dtype).min
-            scores_BHPN = scores_BHPN.masked_fill(~context_mask[:, None, None, :], lowest)
-            v_BHNd = v_BHNd.masked_fill(~context_mask[:, None, :, None], 0)
-        map_BHPN = torch.softmax(scores_BHPN.float(), dim=-1)
-        if edit is not None:
-            map_BHPN = edit(site, map_BHPN)
-        out = (map_BHPN.to(v_BHNd) @ v_BHNd).transpose(1, 2).reshape(B, P, D)
-        map_BPN = map_BHPN.mean(1) if self.mask_source == "mean_of_heads" else map_BHPN.amax(1)
-        return self.out(out), map_BPN if context_mask is None else map_BPN.masked_fill(~context_mask[:, None, :], 0)
+        map_BHPN = None
+        if need_map:
+            map_BHPN, v_BHNd = _cross_map(q_BHPd, k_BHNd, context_mask), _counted(v_BHNd, context_mask)
+            out = map_BHPN.to(v_BHNd) @ v_BHNd
+        else:
+            out = attend(q_BHPd, k_BHNd, v_BHNd, context_mask)
+        if hooks is not None:
+            rows = hooks.places
+            mask = None if context_mask is None else context_mask[rows]
+            edited = _cross_map(q_BHPd[rows], k_BHNd[rows], mask, lambda scores: hooks.add_bias(site, scores))
+            edited = hooks.edited(site, edited)
+            values = _counted(v_BHNd[rows], mask)
+            out = out.index_copy(0, rows, (edited.to(values) @ values).to(out))
+            map_BHPN = None if map_BHPN is None else map_BHPN.index_copy(0, rows, edited.to(map_BHPN))
+        out = self.out(out.transpose(1, 2).reshape(B, P, D))
+        if map_BHPN is None:
+            return out, None
+        map_BPN = map_BHPN.mean(1) if self.joined == "mean_of_heads" else map_BHPN.amax(1)
+        return out, map_BPN if context_mask is None else map_BPN.masked_fill(~context_mask[:, None, :], 0)
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """K and V of a context (B, N, C), each (B, H, N, D/H)."""
@@ -112,7 +143,28 @@ class CrossAttention(nn.Module):
         return keys, values
 
 
-def _attend(q_BHPd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, context_mask: Tensor | None) -> Tensor:
+def _cross_map(
+    q_BHPd: Tensor,
+    k_BHNd: Tensor,
+    context_mask: Tensor | None,  # (B, N)
+    biased: Callable[[Tensor], Tensor] | None = None,  # of scores (B, H, P, N)
+) -> Tensor:  # (B, H, P, N) float32
+    scores_BHPN = q_BHPd @ k_BHNd.mT * q_BHPd.shape[-1] ** -0.5
+    if biased is not None:
+        scores_BHPN = biased(scores_BHPN)
+    if context_mask is not None:
+        # the lowest finite number: a row of -inf would be NaN where a sample has no token at all
+        lowest = torch.finfo(scores_BHPN.dtype).min
+        scores_BHPN = scores_BHPN.masked_fill(~context_mask[:, None, None, :], lowest)
+    return torch.softmax(scores_BHPN.float(), dim=-1)
+
+
+def _counted(v_BHNd: Tensor, context_mask: Tensor | None) -> Tensor:
+    """0 at masked tokens, whatever they hold."""
+    return v_BHNd if context_mask is None else v_BHNd.masked_fill(~context_mask[:, None, :, None], 0)
+
+
+def attend(q_BHPd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, context_mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v -> (B, H, P, d) over the tokens of the mask (B, N); 0 where it leaves none."""
     score_B11N = None
     if context_mask is not None:

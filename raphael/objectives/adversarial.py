@@ -1,4 +1,4 @@
-"""The patch discriminator that sharpens an autoencoder's pictures (Esser et al. 2021, arXiv 2012.09841, eq. 6 and 7).
+"""The patch discriminator that sharpens an autoencoder's images (Esser et al. 2021, arXiv 2012.09841, eq. 6 and 7).
 
     discriminator   L_D = 1/2 E[ max(0, 1 - D(x)) + max(0, 1 + D(x')) ]        (hinge)
     autoencoder     lambda L_G,  L_G = -E[ D(x') ],  lambda = weight |grad_w L_rec| / (|grad_w L_G| + 1e-4), at most 1e4
@@ -18,11 +18,11 @@ LARGEST = 1e4
 
 
 class PatchDiscriminator(nn.Module):
-    """pix2pix's (arXiv 1611.07004): pictures (B, 3, H, W) in [-1, 1] -> scores (B, 1, h, w), one for each patch.
+    """pix2pix's (arXiv 1611.07004): images (B, 3, H, W) in [-1, 1] -> scores (B, 1, h, w), one for each patch.
 
     `layers` convolutions of stride 2; each score sees 70 x 70 px with three. Group norms in the place of batch norms:
-    a picture's score must not depend on its neighbours in the batch, nor on the number of workers.
-    Raises ValueError for pictures that leave no patch: sides below 3 * 2^layers.
+    an image's score must not depend on its neighbours in the batch, nor on the number of workers.
+    Raises ValueError for images that leave no patch: sides below 3 * 2^layers.
     """
 
     def __init__(self, channels: int, layers: int):
@@ -48,7 +48,7 @@ class PatchDiscriminator(nn.Module):
         if min(images.shape[2:]) < self.smallest_px:
             got = " x ".join(map(str, images.shape[2:]))
             raise ValueError(
-                f"the discriminator: got pictures or crops of {got} px, expected sides of at least {self.smallest_px}; "
+                f"the discriminator: got images or crops of {got} px, expected sides of at least {self.smallest_px}; "
                 "raise autoencoder.crop_px or lower autoencoder.adversarial.layers"
             )
         return self.net(images)

@@ -2,10 +2,10 @@
 
     L = L_rec + kl_weight * KL + adversarial,
     L_rec = mean |x - x'| + gradient_weight * mean |grad x - grad x'| + perceptual_weight * LPIPS(x, x'),
-    KL = 1/2 sum(mu^2 + sigma^2 - 1 - log sigma^2) per picture
+    KL = 1/2 sum(mu^2 + sigma^2 - 1 - log sigma^2) per image
 
 LPIPS needs a pretrained backbone, and the discriminator long training: both are off in the demo, where the L1 of the
-pictures' gradients keeps outlines sharp. (Latent diffusion divides L_rec by a learned variance, which its code leaves
+images' gradients keeps outlines sharp. (Latent diffusion divides L_rec by a learned variance, which its code leaves
 at 1.)
 """
 
@@ -14,9 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from raphael.base.randomness import SampleRng
 from raphael.objectives.adversarial import AdversarialLoss
 from raphael.objectives.perceptual import Lpips
-from raphael.randomness import SampleRng
 
 IMAGE = "image"  # uint8 (B,H,W,3)
 
@@ -25,10 +25,10 @@ class AutoencodingObjective(nn.Module):
     """objective({"image": uint8 (B,H,W,3)}, rng) -> {"loss", "l1", "gradient", "kl", "psnr"}, scalars in float32; also
     "perceptual", and "generator", "discriminator", "adversarial_balance", where these are on.
 
-    autoencoder: has encode_moments(images) -> raw moments, decode_raw(latents) -> pictures, and, for an adversarial
+    autoencoder: has encode_moments(images) -> raw moments, decode_raw(latents) -> images, and, for an adversarial
     loss, last_layer: the weight of its last convolution. crop_px: side of the
-    square that is cut from each picture, its place drawn from the rng; 0: whole pictures. Four crops of a quarter cost
-    as much as one picture and teach more, since a short training wants many different steps.
+    square that is cut from each image, its place drawn from the rng; 0: whole images. Four crops of a quarter cost
+    as much as one image and teach more, since a short training wants many different steps.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ def to_network_range(images: Tensor) -> Tensor:
 
 
 def kl_divergence(moments: Tensor) -> Tensor:
-    """KL(N(mu, sigma^2) || N(0, 1)) of each picture, summed over its latent, in nats. (B,2C,h,w) -> (B,)"""
+    """KL(N(mu, sigma^2) || N(0, 1)) of each image, summed over its latent, in nats. (B,2C,h,w) -> (B,)"""
     mean, log_variance = moments.float().chunk(2, dim=1)
     log_variance = log_variance.clamp(-30.0, 20.0)
     return 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).sum(dim=(1, 2, 3))

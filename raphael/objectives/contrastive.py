@@ -1,4 +1,4 @@
-"""CLIP's training (Radford et al. 2021, figure 3): in a batch of pairs, pictures and texts find each other.
+"""CLIP's training (Radford et al. 2021, figure 3): in a batch of pairs, images and texts find each other.
 
 logits = exp(s) * I T^T with unit rows, s learned and exp(s) <= 100; the loss is the mean of the two cross-entropies.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from raphael.randomness import SampleRng
+from raphael.base.randomness import SampleRng
 
 IMAGE = "image"  # uint8 (B,H,W,3), already of the tower's side
 TOKEN_IDS = "token_ids"  # whole numbers (B,N)
@@ -42,7 +42,7 @@ class ContrastiveObjective(nn.Module):
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """(loss, share of pictures and texts whose best match is their own); scalars. images, texts (B,D), of any norm."""
+    """(loss, share of images and texts whose best match is their own); scalars. images, texts (B,D), of any norm."""
     if images.shape != texts.shape or images.ndim != 2:
         raise ValueError(f"embeddings: got {tuple(images.shape)} and {tuple(texts.shape)}, expected two of (B, D)")
     # Beyond the bound the gradient of log_scale is 0, so it stays there instead of growing without end.
@@ -56,7 +56,7 @@ def contrastive_loss(images: Tensor, texts: Tensor, log_scale: Tensor) -> tuple[
 
 @torch.no_grad()
 def retrieval(images: Tensor, texts: Tensor, group: int) -> dict[str, float]:
-    """In groups of `group` pairs: how often a picture's nearest text is its own, a text's nearest picture, and chance.
+    """In groups of `group` pairs: how often an image's nearest text is its own, a text's nearest image, and chance.
 
     images, texts: unit rows (n,D), row i of both one pair. A last, smaller group is left out unless it is the only one.
     """
@@ -66,7 +66,7 @@ def retrieval(images: Tensor, texts: Tensor, group: int) -> dict[str, float]:
     hits_image = hits_text = 0
     for start in starts:
         similarity = images[start : start + group] @ texts[start : start + group].T
-        own = torch.arange(group)
+        own = torch.arange(group, device=similarity.device)
         hits_image += int((similarity.argmax(dim=1) == own).sum())
         hits_text += int((similarity.argmax(dim=0) == own).sum())
     seen = group * len(starts)

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raphael.config import TrainConfig
-from raphael.diffusion.denoiser import TextCondition
-from raphael.diffusion.latents import sample_latents
-from raphael.diffusion.schedule import Schedule
-from raphael.net.edge import focal_loss
-from raphael.net.unet import BlockOutput, GateNoise, UNet, UNetOutput
-from raphael.preset import DiffusionConfig
-from raphael.randomness import SampleRng
-from raphael.records import EDGES, MOMENTS, TOKEN_IDS
-from raphael.strict import to_dict
+from raphael.base.config.preset import DiffusionConfig, UNetConfig
+from raphael.base.randomness import SampleRng
+from raphael.base.records import EDGES, MOMENTS, PHASE, PIXELS, TOKEN_IDS
+from raphael.base.strict import to_dict
+from raphael.diffusion.noise import noise_of
+from raphael.diffusion.prediction import Prediction, prediction_of, training_pair
+from raphael.net.condition import Condition
+from raphael.net.inputs import known_picture
+from raphael.net.latents import moments_of, sample_latents
+from raphael.net.moe.block import GateNoise, MixtureOutput
+from raphael.net.moe.edge import focal_loss
+from raphael.net.moe.unet import RaphaelUNet
+from raphael.net.unet import UNetOutput
+from raphael.objectives.denoising_settings import DenoisingSettings
+from raphael.objectives.holes import known_masks
+from raphael.objectives.timesteps import by_quarter, shifted
 
-NO_PART_OF_THE_LOSS = (
-    "num_workers", "use_gpu", "sample_prompts", "num_sample_prompts", "sample_weights", "num_heldout", "patience",
-    "init_from", "init_sha256", "parallel", "loop",
-)  # fmt: skip
-QUARTERS = 4  # of the timesteps, whose losses are logged apart
 BALANCE_TIMESTEPS = 64  # of the grid on which the time gates' balance is judged
 
 
@@ -40,18 +40,18 @@ class LatentScale:
 class DenoisingObjective(nn.Module):
     """batch -> named losses.
 
-    encode_text: token ids (B, N) int64 -> TextCondition; frozen, run without gradient. empty_tokens (N,): the caption
+    encode_text: token ids (B, N) int64 -> Condition; frozen, run without gradient. empty_tokens (N,): the caption
     that replaces a dropped one. Latent noise, timestep, noise, caption drop and gate noise are drawn from the rng, so
     they are functions of (seed, epoch, sample index) and not of the rank or the batch.
     """
 
     def __init__(
         self,
-        unet: UNet,
-        encode_text: Callable[[Tensor], TextCondition],
+        unet: RaphaelUNet,
+        encode_text: Callable[[Tensor], Condition],
         empty_tokens: Tensor,
         diffusion: DiffusionConfig,
-        config: TrainConfig,
+        config: DenoisingSettings,
         scale: LatentScale,
     ):
         super().__init__()
@@ -63,44 +63,44 @@ class DenoisingObjective(nn.Module):
         self.unet = unet
         self.encode_text = encode_text
         self.register_buffer("empty_tokens", empty_tokens.long(), persistent=False)
-        self.schedule = Schedule(diffusion)
-        self.prediction = diffusion.prediction
+        self.schedule = noise_of(diffusion)
+        self.prediction = prediction_of(diffusion)
         self.config = config
         self.scale = scale
-        losses = {name: value for name, value in to_dict(config).items() if name not in NO_PART_OF_THE_LOSS}
+        plain = to_dict(config)
+        losses = {item.name: plain[item.name] for item in fields(DenoisingSettings)}
         self.settings = {**losses, "diffusion": to_dict(diffusion), "scale": to_dict(scale)}  # a checkpoint keeps them
         grid = torch.linspace(0, diffusion.num_steps - 1, BALANCE_TIMESTEPS)
         self.register_buffer("balance_timesteps", grid, persistent=False)
 
     def forward(self, batch: dict[str, Tensor], rng: SampleRng) -> dict[str, Tensor]:
-        """batch: moments (B, 2C, h, w), token_ids (B, N), edges (B, E, F) uint8.
+        """batch: moments (B, 2C, h, w) or pixels, token_ids (B, N), edges (B, E, F) uint8 where it has edge heads;
+        phase (B,) where there are phases.
 
         Returns "loss" (the weighted sum, what is minimised), "denoise", "edge", "balance" and, detached, "denoise_t"
         (the unweighted square error in each quarter of the timesteps, the cleanest first), the load of every expert,
         the cover of every block and the entropy of both kinds of gates.
         """
-        moments = batch[MOMENTS]
+        moments = moments_of(batch)
         B, C, h, w = len(moments), moments.shape[1] // 2, *moments.shape[2:]
         device = moments.device
         drawn = rng.normal("latent", (C, h, w)).to(device) if self.config.latents == "sample" else None
         x0 = sample_latents(moments, self.scale.factor, self.scale.shift, drawn)
-        t = shifted(rng.uniform("timestep"), self.config.timestep_shift) * self.schedule.num_steps
-        t = t.long().clamp(max=self.schedule.num_steps - 1).to(device)
+        t = self._timesteps(rng.uniform("timestep"), batch.get(PHASE)).to(device)
         noise = rng.normal("noise", (C, h, w)).to(device)
-        if self.config.noise_offset:  # a picture's mean brightness is then noised, too, and has to be learned
+        if self.config.noise_offset:  # an image's mean brightness is then noised, too, and has to be learned
             noise = noise + self.config.noise_offset * rng.normal("noise_offset", (C, 1, 1)).to(device)
         dropped = (rng.uniform("caption_drop") < self.config.caption_drop).to(device)
         tokens = torch.where(dropped[:, None], self.empty_tokens, batch[TOKEN_IDS].long())
         with torch.no_grad():
-            text = self.encode_text(tokens)
+            text = self._with_picture(self.encode_text(tokens), x0, rng)
 
-        x_t = self.schedule.add_noise(x0, noise, t)
-        gate_noise = self._gate_noise(rng, text.context)
-        output = self.unet(x_t, t, text.context, text.mask, gate_noise=gate_noise, collect=not self.unet.training)
-        target = self._target(x0, noise, t)
+        x_t, target = training_pair(self.prediction, self.schedule, x0, noise, t)
+        gate_noise = self._gate_noise(rng, text.tokens)
+        output = self.unet(x_t, t, text, gate_noise=gate_noise, collect=not self.unet.training)
         losses = {
             "denoise": self._denoise_loss(output.prediction.float(), target, t),
-            "edge": self._edge_loss(output.blocks, batch[EDGES], t),
+            "edge": self._edge_loss(output.blocks, batch.get(EDGES), t),
             "balance": self._balance_loss(output),
         }
         if self.training and self.config.balance == "loss_free":
@@ -108,43 +108,59 @@ class DenoisingObjective(nn.Module):
         weights = {"denoise": 1.0, "edge": self.config.edge_weight, "balance": self.config.balance_weight}
         loss = sum(weights[name] * value for name, value in losses.items())
         assert B == len(t)
-        errors = _by_quarter(output.prediction, target, t, self.schedule.num_steps)
+        errors = by_quarter(output.prediction, target, t, self.schedule.num_steps)
         return {"loss": loss, **losses, **errors, **_expert_statistics(output.blocks)}
 
     @torch.no_grad()
     def heldout(self, batch: dict[str, Tensor], rng: SampleRng, place: Tensor) -> Tensor:
-        """(B,) mean square error per element of each sample at timestep floor(place T), place (B,) in [0, 1).
+        """(B,) mean square error per element of each sample at the timestep of `place`, (B,) in [0, 1).
 
-        Nothing is drawn but the noise, nothing dropped, nothing weighted. Call it in eval mode.
+        Nothing is drawn but the noise and an inpainting network's holes, nothing dropped, nothing weighted. Call it in
+        eval mode.
         """
-        moments = batch[MOMENTS]
+        moments = moments_of(batch)
         x0 = sample_latents(moments, self.scale.factor, self.scale.shift, None)
-        t = (place * self.schedule.num_steps).long().to(moments.device)
+        t = self.schedule.timesteps(place).to(moments.device)
         noise = rng.normal("noise", x0.shape[1:]).to(moments.device)
-        text = self.encode_text(batch[TOKEN_IDS].long())
-        prediction = self.unet(self.schedule.add_noise(x0, noise, t), t, text.context, text.mask).prediction
-        return (prediction.float() - self._target(x0, noise, t)).square().flatten(1).mean(1)
+        text = self._with_picture(self.encode_text(batch[TOKEN_IDS].long()), x0, rng)
+        x_t, target = training_pair(self.prediction, self.schedule, x0, noise, t)
+        prediction = self.unet(x_t, t, text).prediction
+        return (prediction.float() - target).square().flatten(1).mean(1)
 
-    def _target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return noise if self.prediction == "eps" else self.schedule.velocity(x0, noise, t)
+    def _with_picture(self, text: Condition, x0: Tensor, rng: SampleRng) -> Condition:
+        """An inpainting network is also shown what is left of x0 (B, C, h, w) around holes."""
+        if not self.unet.config.inpainting:
+            return text
+        known = known_masks(rng, *x0.shape[2:]).to(x0.device)
+        return replace(text, picture=known_picture(x0, known))
+
+    def _timesteps(self, u: Tensor, phase: Tensor | None) -> Tensor:
+        """u (B,) uniform in [0, 1) -> timesteps (B,), spread as the sample's phase (B,) asks, or as the settings."""
+        places = shifted(u, self.config.timestep_shift)
+        if phase is not None:
+            for number, settings in enumerate(self.config.phases):
+                low, high = settings.timesteps
+                inside = low + (high - low) * shifted(u, settings.timestep_shift)
+                places = torch.where(phase.to(u.device) == number, inside, places)
+        return self.schedule.timesteps(places)
 
     def _denoise_loss(self, prediction: Tensor, target: Tensor, t: Tensor) -> Tensor:
         """The mean square per element, each sample's times its weight. (B, C, h, w) twice, t (B,) -> scalar."""
         gamma = self.config.min_snr_gamma
         if gamma == 0:
             return F.mse_loss(prediction, target)
-        weights = min_snr_weights(self.schedule.alpha_bar.to(t.device)[t], gamma, self.prediction)
+        weights = min_snr_weights(self.schedule.alpha_bar_at(t), gamma, self.prediction)
         return (weights.to(target) * (prediction - target).square().flatten(1).mean(1)).mean()
 
-    def _gate_noise(self, rng: SampleRng, context: Tensor) -> GateNoise | None:
+    def _gate_noise(self, rng: SampleRng, text: Tensor) -> GateNoise | None:
         config, blocks = self.unet.config, self.unet.num_blocks
         if not self.unet.training or config.gate_noise == 0:
             return None
-        space = rng.normal("space_gate", (blocks, context.shape[1], config.num_space_experts))
+        space = rng.normal("space_gate", (blocks, text.shape[1], config.num_space_experts))
         time = rng.normal("time_gate", (blocks, config.num_time_experts))
-        return GateNoise(space.to(context.device), time.to(context.device))
+        return GateNoise(space.to(text.device), time.to(text.device))
 
-    def _edge_loss(self, blocks: list[BlockOutput], edges: Tensor, t: Tensor) -> Tensor:
+    def _edge_loss(self, blocks: list[MixtureOutput], edges: Tensor | None, t: Tensor) -> Tensor:
         """sum over samples with t <= T_c of (focal, mean over pixels, mean over blocks), divided by the batch size.
 
         edge_block_weights multiply the blocks' terms inside their mean: 0 leaves a block out, others stay as they were.
@@ -180,7 +196,7 @@ class DenoisingObjective(nn.Module):
         return loss
 
     @torch.no_grad()
-    def _rebalance(self, blocks: list[BlockOutput]) -> None:
+    def _rebalance(self, blocks: list[MixtureOutput]) -> None:
         """Move every gate's bias by the loads of this step (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
 
         Space gates: the tokens of the whole batch, over all workers (whole numbers, so that their sum is exact); time
@@ -200,38 +216,25 @@ class DenoisingObjective(nn.Module):
                 block.time_moe.gate.rebalance(count, rate)
 
 
-def shifted(u: Tensor, shift: float) -> Tensor:
-    """Shares of the timesteps (B,), uniform in [0, 1) -> shares that lie at larger noise for shift > 1.
-
-    s u / (1 + (s - 1) u) (arXiv 2403.03206, eq. 23). A small map has few pixels to average noise over, so what it shows
-    is settled at larger noise than in a large one: that is where its training should look.
-    """
-    return shift * u / (1 + (shift - 1) * u)
+def needed_fields(unet: UNetConfig) -> tuple[str | tuple[str, ...], ...]:
+    """The fields of the records that DenoisingObjective reads; of a tuple any one."""
+    return ((MOMENTS, PIXELS), TOKEN_IDS, *(() if unet.edge_tokens == "none" else (EDGES,)))
 
 
-def min_snr_weights(alpha_bar: Tensor, gamma: float, prediction: Literal["eps", "v"]) -> Tensor:
+def min_snr_weights(alpha_bar: Tensor, gamma: float, prediction: Prediction) -> Tensor:
     """Weights (B,) of the square error of samples at alpha_bar (B,), Min-SNR-gamma (arXiv 2303.09556).
 
     On x_0 the weight is min(SNR, gamma), SNR = alpha_bar / (1 - alpha_bar). The square errors of eps and v are SNR and
-    SNR + 1 times that of x_0, so theirs is divided by it. At SNR = 0 (zero terminal SNR, v) the formula gives 0 and the
-    timestep that sampling begins with would never be learned: it counts 1 there.
+    SNR + 1 times that of x_0, so theirs is divided by it, and others' by their own. At SNR = 0 (zero terminal SNR) the
+    formula gives 0 and the timestep that sampling begins with would never be learned: it counts 1 there.
     """
     snr = alpha_bar / (1 - alpha_bar)
-    weights = snr.clamp(max=gamma) / (snr if prediction == "eps" else snr + 1)
+    weights = snr.clamp(max=gamma) / prediction.error_of_x0(snr)
     return torch.where(alpha_bar == 0, 1.0, weights)
 
 
 @torch.no_grad()
-def _by_quarter(prediction: Tensor, target: Tensor, t: Tensor, num_steps: int) -> dict[str, Tensor]:
-    """ "denoise_t" (4,): mean over the batch of the errors that lie in each quarter of the timesteps, 0 elsewhere, and
-    the quarters' shares of the batch, by which the loop divides. (B, C, h, w) twice, t (B,)"""
-    error = (prediction.float() - target).square().flatten(1).mean(1)
-    inside = F.one_hot(QUARTERS * t // num_steps, QUARTERS).float()  # (B, 4)
-    return {"denoise_t": (error[:, None] * inside).mean(0), "denoise_t.share": inside.mean(0)}
-
-
-@torch.no_grad()
-def _expert_statistics(blocks: list[BlockOutput]) -> dict[str, Tensor]:
+def _expert_statistics(blocks: list[MixtureOutput]) -> dict[str, Tensor]:
     statistics = {}
     for kind in ("space", "time"):
         routings = [getattr(block, kind) for block in blocks if getattr(block, kind) is not None]

@@ -1,4 +1,4 @@
-"""LPIPS, the perceptual distance of pictures (Zhang et al. 2018, arXiv 1801.03924), on VGG-16.
+"""LPIPS, the perceptual distance of images (Zhang et al. 2018, arXiv 1801.03924), on VGG-16.
 
     d(x, y) = sum_l mean_{h,w} w_l . ( f_l(x) / |f_l(x)| - f_l(y) / |f_l(y)| )^2
 
@@ -14,14 +14,19 @@ import torch
 from torch import Tensor, nn
 
 SLICES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # widths of VGG-16's convolutions
-MEAN, DEVIATION = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # ImageNet's, for pictures in [-1, 1]
+MEAN, DEVIATION = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # ImageNet's, for images in [-1, 1]
 SMALLEST_PX = 16  # four poolings
 BACKBONE_FROM = "torchvision's vgg16 (vgg16-397923af.pth of download.pytorch.org/models)"
 HEADS_FROM = "vgg.pth of lpips/weights/v0.1 in richzhang/PerceptualSimilarity"
 
 
+def _leave_out(module: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
+    for name in [name for name in state if name.startswith(prefix)]:
+        del state[name]
+
+
 class Lpips(nn.Module):
-    """pictures x, y (B, 3, H, W) in [-1, 1], sides of 16 px and more -> distances (B,) in float32, gradients included.
+    """images x, y (B, 3, H, W) in [-1, 1], sides of 16 px and more -> distances (B,) in float32, gradients included.
 
     Its weights are frozen. Raises ValueError for other shapes.
     """
@@ -38,11 +43,12 @@ class Lpips(nn.Module):
             self.slices.append(nn.Sequential(*layers))
         self.heads = nn.ParameterList(torch.zeros(slice_widths[-1]) for slice_widths in SLICES)
         self.requires_grad_(False)
+        self.register_state_dict_post_hook(_leave_out)  # its files are at hand: a checkpoint need not repeat them
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if x.shape != y.shape or x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < SMALLEST_PX:
             raise ValueError(
-                f"got pictures of shapes {tuple(x.shape)} and {tuple(y.shape)}, expected both (B, 3, H, W), sides of "
+                f"got images of shapes {tuple(x.shape)} and {tuple(y.shape)}, expected both (B, 3, H, W), sides of "
                 f"at least {SMALLEST_PX}"
             )
         both = torch.cat([x, y])

@@ -1,0 +1,1 @@
+"""The one loop that trains every objective, and what it leaves."""

@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from raphael.randomness import permutation
+from raphael.base.randomness import Shuffled, permutation
+
+# Samples of a bucket, up to which an epoch's order is held; beyond, a place is computed when it comes
+HELD = 1 << 22
 
 
 @dataclass
@@ -31,7 +34,8 @@ class Batches:
     rank: int = 0
     world_size: int = 1
     buckets: tuple[int, ...] = ()
-    orders: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, repr=False)  # of the last epochs asked for
+    # Of the last epochs asked for
+    orders: dict[tuple[int, int], np.ndarray | Shuffled] = field(default_factory=dict, repr=False)
     turns: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)  # of the last round
 
     def __post_init__(self) -> None:
@@ -71,6 +75,9 @@ class Batches:
 
     def turn(self, step: int) -> tuple[int, int]:
         """(bucket, how many batches it had before) of a step."""
+        first, *others = [bucket for bucket, count in enumerate(self.buckets) if count]
+        if not others:  # its own turn every time: no order of turns to make, 4 million a round at a thousand million
+            return first, step
         # sum_b floor(e n_b / B) <= e N / B: the search begins at or before the round and ends within a few
         round_ = step * self.batch_size // self.num_samples
         while self._steps_before(round_ + 1) <= step:
@@ -95,10 +102,11 @@ class Batches:
             ordinals[buckets == bucket] = np.arange(first, after)
         return buckets, ordinals
 
-    def _order(self, bucket: int, epoch: int) -> np.ndarray:
+    def _order(self, bucket: int, epoch: int) -> np.ndarray | Shuffled:
         if (bucket, epoch) not in self.orders:
             for old in [known for known in self.orders if known[0] == bucket and known[1] < epoch - 1]:
                 del self.orders[old]
             stream = f"order {bucket}" if bucket else "order"
-            self.orders[bucket, epoch] = permutation(self.seed, epoch, self.buckets[bucket], stream)
+            made = permutation if self.buckets[bucket] <= HELD else Shuffled
+            self.orders[bucket, epoch] = made(self.seed, epoch, self.buckets[bucket], stream)
         return self.orders[bucket, epoch]

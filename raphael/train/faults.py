@@ -11,7 +11,6 @@ images seen, so it can be read again.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raphael.stage import StageError
+from raphael.base.files import written_whole
+from raphael.base.stage import StageError
 from raphael.train.batches import Batches
-from raphael.train.world import World
+from raphael.train.distributed.world import World
 
 if TYPE_CHECKING:
     from raphael.train.state import State
@@ -116,15 +116,13 @@ class BadSteps:
         if self.world.rank != 0:
             return f"the batch is in {path}"
         arrays = {"epochs": epochs, "indices": indices, **self.data.batch(indices)}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-            save_file(arrays, temporary, {"keys": "\n".join(keys), "seed": str(self.batches.seed)})
-            os.replace(temporary, path)
+            with written_whole(path) as temporary:
+                save_file(arrays, temporary, {"keys": "\n".join(keys), "seed": str(self.batches.seed)})
             for old in sorted(path.parent.glob("[0-9]*.safetensors"))[:-KEPT]:
                 old.unlink()
         except (OSError, SafetensorError) as error:  # what went wrong before is what a person has to read
-            temporary.unlink(missing_ok=True)
             return f"the batch could not be saved ({error})"
         return f"the batch is in {path}"

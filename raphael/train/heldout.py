@@ -9,23 +9,25 @@ captions, so that trainings with other settings can be compared.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from raphael.precision import autocast
-from raphael.randomness import SampleRng, permutation
-from raphael.stage import StageError
-from raphael.train.world import World
+from raphael.base.precision import autocast
+from raphael.base.randomness import SampleRng, permutation
+from raphael.base.record_files.keys import Chosen
+from raphael.base.stage import StageError
+from raphael.train.distributed.world import World
 
 SEED = 0  # not the training's: another seed of a training is judged by the same noise
 QUARTERS = 4
 BATCH = 16  # records in one pass; the same for any number of workers, since kernels may round by batch size
 
 
-def chosen(keys: list[str], count: int) -> np.ndarray:
+def chosen(keys: Sequence[str], count: int) -> np.ndarray:
     """The `count` records that are kept out, int64, in the order of the records: those of the smallest sha256 of
     "heldout/<key>". A function of the keys: more records, another order or seed move none of the others."""
     if not 0 <= count < len(keys):
@@ -37,11 +39,11 @@ def chosen(keys: list[str], count: int) -> np.ndarray:
 
 
 class Subset:
-    """Some records of a data set (raphael/records.py), in its order, as one of its own."""
+    """Some records of a data set (raphael/base/records.py), in its order, as one of its own."""
 
     def __init__(self, data: Any, rows: np.ndarray):
         self.data, self.rows = data, np.asarray(rows, dtype=np.int64)
-        self.keys = [data.keys[row] for row in self.rows]
+        self.keys = Chosen(data.keys, self.rows)
         if (whole := getattr(data, "sha256", None)) is not None:
             self.sha256 = hashlib.sha256(whole.encode() + self.rows.tobytes()).hexdigest()
         ends = np.cumsum(getattr(data, "bucket_counts", (len(data),)))
@@ -88,7 +90,7 @@ class Heldout:
         for turn in range(-(-count // size)):
             number = turn * size + self.world.rank
             if number >= count and not self.world.sharded:
-                continue  # where weights are shared out, a forward needs every rank
+                continue  # where weights are sharded, a forward needs every rank
             quarter, rows = self.passes[min(number, count - 1)]
             found = self._losses(quarter, rows)
             if number < count:

@@ -1,7 +1,7 @@
 """The one training loop: every objective, alone or as one of several workers, resumed bit for bit.
 
-The loop knows nothing of pictures. An objective brings its parameters and a function from a batch to named losses; the
-loop brings order, updates, averages, checkpoints and numbers. Progress is counted in images.
+The loop knows nothing of images. An objective brings its parameters and a function from a batch to named losses; the
+loop brings order, updates, EMA, checkpoints and numbers. Progress is counted in images.
 
 Several workers: where a torch.distributed process group is up, each rank runs this same function with its `World`.
 Every rank's slice has the same length, so the mean over ranks of the losses is the mean over the global batch, and the
@@ -12,6 +12,7 @@ also keeps DDP's buckets fixed from the first step on, without which a resumed r
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,19 +22,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raphael.checkpoint_home import CheckpointHome
-from raphael.config import LoopConfig
-from raphael.randomness import SampleRng
+from raphael.base.checkpoint.home import CheckpointHome
+from raphael.base.config.params import LoopConfig
+from raphael.base.randomness import SampleRng
 from raphael.train.batches import Batches
+from raphael.train.distributed.parallel import Replica, prepare
+from raphael.train.distributed.watchdog import Watchdog
+from raphael.train.distributed.world import World
 from raphael.train.faults import BadSteps, TrainingError
 from raphael.train.meter import Meter
-from raphael.train.optim import clip_gradients, learning_rate
-from raphael.train.parallel import Replica, prepare
+from raphael.train.optim.optimizer import clip_gradients, learning_rate
 from raphael.train.saver import Saver
 from raphael.train.state import State
 from raphael.train.stopping import StopRequest
-from raphael.train.watchdog import Watchdog
-from raphael.train.world import World
 
 __all__ = ["Hooks", "Objective", "TrainingError", "World", "train"]
 
@@ -70,10 +71,10 @@ def _nothing(*_: Any) -> None:
 class Hooks:
     """What others do beside the loop, on rank 0 only.
 
-    on_log(metrics, images): a point was logged. on_sample(images, weights): draw pictures; the objective has these
-    weights, each of sample_weights in turn ("raw", "ema" ...). It is called on every rank where weights are shared out,
+    on_log(metrics, images): a point was logged. on_sample(images, weights): generate images; the objective has these
+    weights, each of sample_weights in turn ("raw", "ema" ...). It is called on every rank where weights are sharded,
     since a forward then needs all; rank 0 keeps them. heldout() -> losses of the weights that the objective has, by
-    name; it is called on every rank, for the raw weights and every average, and must change nothing.
+    name; it is called on every rank, for the raw weights and every EMA, and must change nothing.
     progress(images): a step ended. say(line): something a person should read. enough(points): whether to end before
     num_images, asked of the held-out points, or of the logged ones where nothing is held out; on every rank, so it must
     be a function of them alone (raphael/train/start.py).
@@ -104,15 +105,16 @@ def train(
     world: World = World(),  # noqa: B008 (frozen)
     hooks: Hooks = Hooks(),  # noqa: B008 (frozen)
 ) -> dict[str, Any]:
-    """Train `objective` on `data` for loop.num_images images, going on from the newest checkpoint in `folder` if any.
+    """Train `objective` on `data` for loop.num_images images, resuming from the newest checkpoint in `folder` if any.
 
     data: len() and batch(indices) -> arrays (B, ...); bucket_counts where samples have several shapes: a step is then
-    of one shape (raphael/train/batches.py).
+    of one shape (raphael/train/batches.py). batches(seed, batch_size, rank, world_size) where its samples come in
+    another order than all of them epoch by epoch (raphael/train/phases.py).
     folder: of the checkpoints, shared by all ranks; the newest loop.keep_checkpoints stay, and the best.
     tracker: gets every logged point once (step = images). Points are means over the steps since the one before.
 
     Returns {"images", "history" (list of points, each with "images" and "train/<name>"), "heldout" (the same with
-    "heldout/<weights>/<name>"), "ema" (averaged weights by name) and further averages}; the objective holds the last
+    "heldout/<weights>/<name>"), "ema" (EMA weights by name) and further EMAs}; the objective holds the last
     weights. Nothing in it depends on time, rank or restarts.
 
     SIGTERM and Ctrl-C: the step ends, a checkpoint is written, then SystemExit(143) or KeyboardInterrupt. (With several
@@ -122,17 +124,19 @@ def train(
     Raises TrainingError (raphael/train/faults.py), CheckpointError (of other settings, damaged, or no room to write),
     WorkerLost.
     """
-    chief = world.rank == 0
-    say = hooks.say if chief else _nothing
+    rank_0 = world.rank == 0
+    say = hooks.say if rank_0 else _nothing
     prepare(objective.to(world.device).train(), world)
     buckets = getattr(data, "bucket_counts", ())
-    batches = Batches(seed, len(data), loop.batch_size, world.rank, world.size, buckets)
+    # a data set may bring an order of its own (raphael/train/phases.py)
+    ordered = getattr(data, "batches", None) or functools.partial(Batches, num_samples=len(data), buckets=buckets)
+    batches = ordered(seed=seed, batch_size=loop.batch_size, rank=world.rank, world_size=world.size)
     order = {"seed": seed, "num_samples": len(data)} | ({"buckets": list(buckets)} if len(buckets) > 1 else {})
     if (sha256 := getattr(data, "sha256", None)) is not None:
         order["data_sha256"] = sha256
-    state = State(objective, loop, order)
+    state = State(objective, loop, order, world)
     home = CheckpointHome(folder, loop.keep_checkpoints)
-    if chief:
+    if rank_0:
         home.sweep()
     resumed_at = None
     if (newest := home.find(hooks.say, world.rank, world.size, world.any)) is not None:
@@ -140,7 +144,7 @@ def train(
             say(note)
         resumed_at = state.images
         if resumed_at < loop.num_images:
-            say(f"going on from the checkpoint at {resumed_at:,} images")
+            say(f"resuming from the checkpoint at {resumed_at:,} images")
     replica = Replica(objective, world, loop.precision)
     faults = BadSteps(state, world, batches, data, Path(folder), say)
     meter = Meter(world, loop.num_images, state.images, getattr(objective, "flops_per_image", 0.0))
@@ -162,32 +166,32 @@ def train(
                     state.history.append({"images": state.images, **point})
                     state.sums, state.summed_steps = {}, 0
                     done = done or _enough(hooks, state)
-                    if chief:
+                    if rank_0:
                         shown = {**point, **meter.point(state.images)}
                         if tracker is not None:
                             tracker.log(shown, state.images)
                         hooks.on_log(shown, state.images)
-                draws = chief or world.sharded
-                if draws and loop.sample_every_images and (done or _due(loop.sample_every_images, state)):
+                samples = rank_0 or world.sharded
+                if samples and loop.sample_every_images and (done or _due(loop.sample_every_images, state)):
                     for name in hooks.sample_weights:
-                        with meter.paused(), state.using(name), replica.drawing():
+                        with meter.paused(), state.using(name), replica.sampling():
                             hooks.on_sample(state.images, name)
                 if hooks.heldout and loop.heldout_every_images and (done or _due(loop.heldout_every_images, state)):
                     losses = {}
                     for name in state.kinds:
-                        with meter.paused(), state.using(name), replica.drawing():
+                        with meter.paused(), state.using(name), replica.sampling():
                             losses |= {f"heldout/{name}/{key}": value for key, value in hooks.heldout().items()}
                     state.heldout.append({"images": state.images, **losses})
                     done = done or _enough(hooks, state)
-                    if chief and tracker is not None:
+                    if rank_0 and tracker is not None:
                         tracker.log(losses, state.images)
                 if state.images and (done or stopping or hurried or _due(loop.checkpoint_every_images, state)):
                     faults.check()
                     if state.summed_steps:
                         _share_sums(state, world)
-                    if chief or world.sharded:
+                    if rank_0 or world.sharded:
                         with meter.paused():
-                            groups, meta = state.pack(chief)
+                            groups, meta = state.pack(rank_0)
                             meta |= {"about": hooks.about, **_score(hooks, state)}
                             saver.save(state.images, groups, meta)
 
@@ -196,7 +200,7 @@ def train(
                 break
             if stopping:
                 saver.wait()
-                say(f"stopped as asked; the checkpoint at {state.images:,} images is where the same command goes on")
+                say(f"stopped as asked; the checkpoint at {state.images:,} images is where the same command resumes")
                 stop.leave()
             saver.check()
 
@@ -219,12 +223,12 @@ def train(
             # State.
             state.add({**outputs, "gradient_norm": norm}, bad)
             state.images += loop.batch_size
-            state.update_averages()
-            if chief:
+            state.update_emas()
+            if rank_0:
                 hooks.progress(state.images)
 
-    averages = {name: average.weights() for name, average in state.averages.items()}
-    return {"images": state.images, "history": state.history, "heldout": state.heldout, **averages}
+    emas = {name: ema.weights() for name, ema in state.emas.items()}
+    return {"images": state.images, "history": state.history, "heldout": state.heldout, **emas}
 
 
 def _enough(hooks: Hooks, state: State) -> bool:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import torch
 
-from raphael.train.world import World
+from raphael.train.distributed.world import World
 
 # TFLOP/s, dense bf16, from NVIDIA's data sheets (SXM). A PCIe or NVL card of Hopper is slower: better no MFU than a
 # wrong one.
@@ -74,7 +74,7 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside, time does not count: pictures, checkpoints."""
+        """Inside, time does not count: images, checkpoints."""
         started_s = time.perf_counter()
         try:
             yield

@@ -1,7 +1,7 @@
 """Checkpoints written beside the training: the loop stops for a copy in main memory, a thread does the rest.
 
 Every rank that holds something writes its own parts; nothing is gathered or sent. They meet at the disk: each says
-there that its parts are whole, and the chief waits for all before it gives the checkpoint its name. A message between
+there that its parts are whole, and rank 0 waits for all before it gives the checkpoint its name. A message between
 the ranks could not do that, since the loop's own messages are under way meanwhile.
 """
 
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raphael.checkpoint_home import CheckpointHome, Crew
-from raphael.checkpoint_parts import Groups, Share
-from raphael.train.world import World
+from raphael.base.checkpoint.home import CheckpointHome, Crew
+from raphael.base.checkpoint.parts import Groups, Share
+from raphael.train.distributed.world import World
 
 
 class Saver:

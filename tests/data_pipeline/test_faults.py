@@ -86,7 +86,7 @@ def one_clear_line(stage: str, stderr: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_full_disk_is_one_clear_line_and_the_same_command_goes_on(project, undisturbed, tmp_path, stage, tally):
+def test_a_full_disk_is_one_clear_line_and_the_same_command_resumes(project, undisturbed, tmp_path, stage, tally):
     """The disk is a tmpfs with room for half of what the stage writes."""
     if not can_mount():
         pytest.skip("no file system can be mounted here (unshare -rm): the limit on the size of a file is tested alone")
@@ -106,7 +106,7 @@ def test_a_full_disk_is_one_clear_line_and_the_same_command_goes_on(project, und
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ("select", "filter", "captions", "encode"))
-def test_a_file_that_may_not_grow_is_one_clear_line_and_the_same_command_goes_on(
+def test_a_file_that_may_not_grow_is_one_clear_line_and_the_same_command_resumes(
     project, undisturbed, tmp_path, stage, tally
 ):
     """A limit on the size of a file: writing past it fails as it does on a full disk, and needs no rights."""
@@ -165,7 +165,7 @@ def test_a_cut_shard_and_one_that_stands_twice_are_noticed_and_a_new_download_me
 
 
 @pytest.mark.slow
-def test_a_picture_server_that_is_dead_stops_the_download_and_the_next_run_fetches_all(
+def test_an_image_server_that_is_dead_stops_the_download_and_the_next_run_fetches_all(
     project, undisturbed, tmp_path, tally
 ):
     root, _ = undisturbed

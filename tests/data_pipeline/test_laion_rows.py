@@ -1,6 +1,7 @@
 """Real rows of LAION and COYO run through the data stages against a rehearsed web; no row is lost without a reason.
 
-The truth is the web's own table of what each address meets (data_pipeline/serve_rehearsal.py, tested by itself).
+The truth is the web's own table of what each address meets (data_pipeline/download/serve_rehearsal.py, tested by
+itself).
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from truth.faulty_runs import change, content, finish, run
-from truth.picture_workspace import merge
+from truth.image_workspace import merge
 
-from data_pipeline.addresses import Refusal, parse
-from data_pipeline.serve_rehearsal import FATES, fate_of
-from raphael.config import load_config
+from data_pipeline.download.serve_rehearsal import FATES, fate_of
+from data_pipeline.gateway.addresses import Refusal, parse
+from raphael.base.config.params import load_config
+from raphael.base.stage import read_json
 from raphael.encoders.clip import build_clip, save_clip
-from raphael.stage import read_json
 
 ROWS = 1000
 SETTINGS = {
@@ -29,7 +30,7 @@ SETTINGS = {
         "local_host": "", "shard_rows": 250, "encode_format": "jpg", "encode_quality": 95, "timeout_s": 2.0,
         "deadline_s": 4.0, "retries": 1,
     },
-    "filter": {"missing_score": "keep"},
+    "filter": {"missing_score": "keep", "missing_unsafe": "keep"},
 }  # fmt: skip
 
 
@@ -62,7 +63,7 @@ def expected(url: str) -> str:
 
 
 @pytest.mark.slow
-def test_every_real_row_ends_as_a_picture_or_with_the_reason_that_the_web_gave(laion):
+def test_every_real_row_ends_as_an_image_or_with_the_reason_that_the_web_gave(laion):
     source, select, load, kept, clean = (
         read_json(laion / f"reports/{stage}.json") for stage in ("source", "select", "download", "filter", "captions")
     )

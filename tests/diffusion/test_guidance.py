@@ -1,17 +1,18 @@
+import dataclasses
 import math
 
 import pytest
 import torch
 from truth.closed_form_diffusion import COND, starts
 
-from raphael.diffusion.denoiser import TextCondition
 from raphael.diffusion.guidance import ClassifierFreeGuidance, Thresholded, dynamic_threshold
+from raphael.net.condition import Condition
 
-NULL = TextCondition(torch.full((1, 1, 1), -1.0), torch.ones(1, 1, dtype=torch.bool))
+NULL = Condition(torch.full((1, 1, 1), -1.0), torch.ones(1, 1, dtype=torch.bool))
 
 
 def two(count=3):
-    return TextCondition(torch.full((count, 1, 1), 2.0), torch.ones(count, 1, dtype=torch.bool))
+    return Condition(torch.full((count, 1, 1), 2.0), torch.ones(count, 1, dtype=torch.bool))
 
 
 class Counting:
@@ -22,7 +23,7 @@ class Counting:
 
     def __call__(self, x, sigma, cond):
         self.sizes.append(len(x))
-        return x + cond.context.view(-1, 1, 1, 1)
+        return x + cond.tokens.view(-1, 1, 1, 1)
 
 
 def test_guidance_is_the_affine_combination_and_skips_the_branch_it_does_not_need():
@@ -47,6 +48,41 @@ def test_an_open_interval_holds_infinite_noise_and_samples_of_one_batch_may_diff
     assert value[:, 0, 0, 0].tolist() == [2.0, 11.0, 11.0]
     ignoring = ClassifierFreeGuidance(Counting(), 0.0, NULL, (0.5, math.inf))
     assert ignoring(x, torch.tensor([0.1, 2.0, math.inf]), two())[:, 0, 0, 0].tolist() == [2.0, -1.0, -1.0]
+
+
+def test_a_picture_is_told_to_both_branches_and_not_guided_by():
+    class Seeing(Counting):
+        def __call__(self, x, sigma, cond):
+            return super().__call__(x, sigma, cond) + cond.picture
+
+    x, picture = torch.zeros(3, 1, 2, 2), torch.arange(12.0).view(3, 1, 2, 2)
+    cond = dataclasses.replace(two(), picture=picture)
+    plain = ClassifierFreeGuidance(Counting(), 4.0, NULL)(x, torch.ones(3), two())
+    assert torch.equal(ClassifierFreeGuidance(Seeing(), 4.0, NULL)(x, torch.ones(3), cond), plain + picture)
+    unconditional = ClassifierFreeGuidance(Seeing(), 0.0, NULL)(x, torch.ones(3), cond)
+    assert torch.equal(unconditional, picture - 1)
+    own = dataclasses.replace(NULL, picture=torch.zeros(1, 1, 2, 2))
+    assert torch.equal(ClassifierFreeGuidance(Seeing(), 4.0, own)(x, torch.ones(3), cond), plain + 4 * picture)
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_rescaled_guidance_agrees_with_diffusers_and_leaves_the_unguided_branch(share):
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+    x, sigma = starts(3, 1), torch.tensor([0.1, 1.0, 1.0])
+    values = {2.0: starts(3, 2), -1.0: starts(3, 3)}
+
+    def denoiser(x, sigma, cond):
+        return torch.cat([values[float(cond.tokens[row, 0, 0])] for row in range(0, len(x), 3)])
+
+    guided = ClassifierFreeGuidance(denoiser, 4.0, NULL, rescale=share)(x, sigma, two())
+    plain = ClassifierFreeGuidance(denoiser, 4.0, NULL)(x, sigma, two())
+    torch.testing.assert_close(guided, rescale_noise_cfg(plain, values[2.0], share))
+    assert not torch.allclose(guided, plain)
+    if share == 1.0:
+        torch.testing.assert_close(guided.std((1, 2, 3)), values[2.0].std((1, 2, 3)))
+    outside = ClassifierFreeGuidance(denoiser, 4.0, NULL, (0.5, 3.0), share)(x[:3], sigma * 0 + 0.1, two())
+    assert torch.equal(outside, values[2.0])
 
 
 def naive_percentile(values, percentile):

@@ -4,9 +4,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from raphael.diffusion.latents import sample_latents
+from raphael.base.config.preset import DiffusionConfig
+from raphael.diffusion.prediction import Velocity, training_pair
 from raphael.diffusion.schedule import Schedule
-from raphael.preset import DiffusionConfig
+from raphael.net.latents import sample_latents
 
 CONFIG = DiffusionConfig(1000, "linear", 1e-4, 0.02, "eps", False)
 SCHEDULES = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "cosine": (1e-4, 0.02)}
@@ -45,7 +46,7 @@ def test_velocity_and_noised_data_give_back_the_data():
     x0, noise = torch.randn(3, 2, 4, 4, dtype=torch.float64), torch.randn(3, 2, 4, 4, dtype=torch.float64)
     t = torch.tensor([5, 500, 995])
     alpha_bar = schedule.alpha_bar[t].view(-1, 1, 1, 1)
-    x_t, v = schedule.add_noise(x0, noise, t), schedule.velocity(x0, noise, t)
+    x_t, v = training_pair(Velocity(), schedule, x0, noise, t)
     back = alpha_bar.sqrt() * x_t - (1 - alpha_bar).sqrt() * v
     torch.testing.assert_close(back, x0)
 
@@ -93,7 +94,7 @@ def test_at_zero_snr_the_noised_data_is_the_noise_and_the_velocity_is_minus_the_
     schedule, t = zero_terminal("scaled_linear"), torch.tensor([999])
     x0, noise = torch.randn(1, 2, 4, 4), torch.randn(1, 2, 4, 4)
     assert torch.equal(schedule.add_noise(x0, noise, t), noise)
-    assert torch.equal(schedule.velocity(x0, noise, t), -x0)
+    assert torch.equal(training_pair(Velocity(), schedule, x0, noise, t)[1], -x0)
 
 
 def test_timestep_inverts_sigma_up_to_infinity_and_rises_in_between():
@@ -124,3 +125,15 @@ def test_latents_are_the_scaled_posterior_of_diffusers():
     torch.testing.assert_close(sample_latents(moments, 0.5, 0.1), (peer.mode() - 0.1) * 0.5)
     noise = torch.randn(2, 4, 3, 3)
     torch.testing.assert_close(sample_latents(moments, 0.5, 0.1, noise), (peer.mean + peer.std * noise - 0.1) * 0.5)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_the_sigma_of_a_timestep_whole_or_between_is_the_inverse_of_the_timestep_of_a_sigma(name, zero_snr):
+    schedule = Schedule(DiffusionConfig(1000, name, *SCHEDULES[name], "v", zero_snr))
+    whole = torch.arange(1000)
+    assert torch.equal(schedule.sigma_at(whole), schedule.sigma)
+    between = torch.cat([torch.linspace(0, 999, 4321, dtype=torch.float64), torch.tensor([998.25, 998.9])])
+    sigma = schedule.sigma_at(between)
+    torch.testing.assert_close(schedule.timestep(sigma).double(), between, rtol=0, atol=1e-4)
+    assert bool((schedule.sigma_at(between.sort().values).diff()[between.sort().values.diff() > 0] > 0).all())

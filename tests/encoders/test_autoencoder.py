@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from raphael.config import load_config
+from raphael.base.config.params import load_config
+from raphael.base.stage import file_sha256
 from raphael.encoders import autoencoder as ae
 from raphael.encoders.pretrained import PretrainedError, write_pointer
-from raphael.stage import file_sha256
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def digests(folder):
     return {path.name: file_sha256(path) for path in folder.iterdir()}
 
 
-def test_moments_and_pictures_have_the_shapes_that_the_contract_names(small):
+def test_moments_and_images_have_the_shapes_that_the_contract_names(small):
     moments = small.encode_moments(pictures())
     assert moments.shape == (2, 8, 4, 6)
     latents = small.latents_from_moments(moments)
@@ -69,7 +69,8 @@ def test_a_saved_autoencoder_comes_back_with_its_scaling_and_as_a_diffusers_fold
     assert digests(tmp_path / "c") == digests(tmp_path / "a")
 
 
-def test_a_pointer_folder_stands_for_another_one_with_its_own_scaling(small, tmp_path):
+def test_a_pointer_folder_stands_for_another_one_with_its_own_scaling(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAPHAEL_ALLOW_REMOTE", "1")
     small.save(tmp_path / "real")
     write_pointer(tmp_path / "pointer", str(tmp_path / "real"), {"scaling_factor": 2.0, "shift": 0.5})
     again = ae.load_autoencoder(tmp_path / "pointer")
@@ -92,7 +93,7 @@ def test_psnr_of_a_known_error():
     torch.testing.assert_close(values, torch.tensor([20.0, 40.0], dtype=torch.float64), atol=1e-4, rtol=0)
 
 
-def test_pictures_of_a_wrong_size_are_refused_with_what_was_expected(small):
+def test_images_of_a_wrong_size_are_refused_with_what_was_expected(small):
     with pytest.raises(ValueError, match="multiples of 4"):
         small.encode_moments(torch.zeros(1, 3, 18, 16))
     with pytest.raises(ValueError, match=r"expected \(B, 4, h, w\)"):
@@ -125,7 +126,7 @@ def test_a_folder_of_something_else_or_with_damaged_weights_is_one_line(small, t
 def test_taef2_restores_real_photographs_at_26_to_36_db(shared_data, tmp_path):
     from PIL import Image
 
-    from data_pipeline.pictures import fit
+    from data_pipeline.common.images import fit
     from raphael.objectives.autoencoding import to_network_range
 
     tiny = ae.load_autoencoder(shared_data / "weights/taesd_family")
@@ -152,3 +153,30 @@ def test_taef2_names_the_missing_file(tmp_path):
     (tmp_path / "taef2_decoder.pth").unlink()
     with pytest.raises(PretrainedError, match="taef2_decoder.pth"):
         ae.load_autoencoder(tmp_path)
+
+
+def test_the_autoencoder_of_pixels_gives_back_the_image_and_trains_nothing(tmp_path):
+    pixels, images = ae.load_autoencoder("pixels"), pictures()
+    moments = pixels.encode_moments(images)
+    assert moments.shape == (2, 6, 16, 24) and torch.equal(moments[:, :3], images)
+    drawn = pixels.latents_from_moments(moments, torch.ones_like(images))
+    torch.testing.assert_close(drawn, images, atol=1e-6, rtol=0)  # a draw is the mean
+    assert torch.equal(pixels.latents_from_moments(moments), images)
+    assert torch.equal(pixels.decode(images * 2), (images * 2).clamp(-1, 1))
+    assert not list(pixels.parameters()) and pixels.scaling_known and pixels.device.type == "cpu"
+    pixels.save(tmp_path / "a")
+    assert ae.load_autoencoder(tmp_path / "a").facts() == pixels.facts()
+    write_pointer(tmp_path, "pixels", {})
+    assert ae.load_autoencoder(tmp_path).is_pixels
+    with pytest.raises(ValueError, match="got pixels, expected an AutoencoderKL"):
+        _ = pixels.last_layer
+
+
+def test_pixels_are_brought_to_a_size_by_the_area_that_each_covers():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (3, 8, 8, 3), np.uint8)
+    latents = ae.encode_images(ae.load_autoencoder("pixels"), images, (4, 4))
+    means = images.astype(float).reshape(3, 4, 2, 4, 2, 3).mean((2, 4)).transpose(0, 3, 1, 2)
+    assert (
+        latents.shape == (3, 3, 4, 4) and np.abs((latents.numpy() + 1) * 127.5 - means).max() <= 1.01
+    )  # rounded along each axis

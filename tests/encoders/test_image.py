@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from raphael.config import load_config
+from raphael.base.config.params import load_config
 from raphael.encoders.clip import CLIP_MEAN, CLIP_STD, build_clip, normaliser, save_clip
 from raphael.encoders.image import from_open_clip, load_clip
 from raphael.encoders.pretrained import PretrainedError
@@ -57,7 +57,7 @@ def test_normaliser_against_the_formula_and_its_refusals():
         normaliser(CLIP_MEAN, CLIP_STD)(pixels.float())
 
 
-def test_a_saved_scorer_comes_back_and_a_grey_pil_picture_is_taken(clip, tmp_path):
+def test_a_saved_scorer_comes_back_and_a_grey_pil_image_is_taken(clip, tmp_path):
     save_clip(clip, tmp_path)
     scorer = load_clip(tmp_path)
     grey = Image.fromarray(picture(40, 40)).convert("L")
@@ -65,9 +65,9 @@ def test_a_saved_scorer_comes_back_and_a_grey_pil_picture_is_taken(clip, tmp_pat
     torch.testing.assert_close(scorer.embed_images([grey]), truth)
 
 
-def test_wrong_pictures_and_a_t5_are_refused(clip):
+def test_wrong_images_and_a_t5_are_refused(clip):
     scorer = from_open_clip(clip, "test")
-    with pytest.raises(ValueError, match="expected PIL pictures or uint8"):
+    with pytest.raises(ValueError, match="expected PIL images or uint8"):
         scorer.embed_images(np.zeros((1, 8, 8, 3), np.float32))
     with pytest.raises(ValueError, match="nothing to embed"):
         scorer.embed_texts([])

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from raphael.config import load_config
+from raphael.base.config.params import load_config
 from raphael.encoders.autoencoder import build_autoencoder, psnr
 
 

@@ -3,8 +3,9 @@ import json
 
 import pytest
 import torch
+from truth.word_tokenizer import word_tokenizer_files
 
-from raphael.config import load_config
+from raphael.base.config.params import NO_TEXT, load_config
 from raphael.encoders.clip import build_clip, save_clip
 from raphael.encoders.image import load_clip
 from raphael.encoders.pretrained import PretrainedError, write_pointer
@@ -24,24 +25,6 @@ def clip_folder(project, tmp_path_factory):
     save_clip(clip, folder)
     clip.model.eval()
     return folder, clip
-
-
-def word_tokenizer_files(folder, words, special, **tokenizer_config):
-    """A tokenizer of whole words in the form that transformers reads without a network."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    vocabulary = {word: index for index, word in enumerate([*special, *dict.fromkeys(words)])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    opening = "<s> " if "<s>" in special else ""
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{opening}$A </s>",
-        special_tokens=[(name, vocabulary[name]) for name in ("<s>", "</s>") if name in special],
-    )
-    tokenizer.save(str(folder / "tokenizer.json"))
-    names = {"eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "PreTrainedTokenizerFast"}
-    (folder / "tokenizer_config.json").write_text(json.dumps({**names, **tokenizer_config}))
-    return vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +112,16 @@ def test_a_t5_encoder_gives_what_transformers_gives(t5_folder):
     assert load_text_encoder(f"t5:{t5_folder}").context_length == 77
 
 
+@pytest.mark.parametrize("kind", ["own", "clip", "t5"])
+def test_a_sentence_of_a_texts_own_pieces_is_what_tokenize_makes_of_it(kind, clip_folder, hf_clip_folder, t5_folder):
+    spec = {"own": clip_folder[0], "clip": f"clip:{hf_clip_folder}", "t5": f"t5:{t5_folder}"}[kind]
+    encoder = load_text_encoder(spec, context_length=12 if kind == "t5" else None)
+    for text in ("a red circle", "", "a red circle " * 40):
+        pieces = encoder.pieces(text)
+        assert torch.equal(encoder.sentence(pieces[: encoder.room]), encoder.tokenize([text])[0])
+    assert encoder.text_of(encoder.pieces("a red circle")).split() == ["a", "red", "circle"]
+
+
 def test_transformers_clip_gives_its_own_hidden_states_and_pooled_vector(hf_clip_folder):
     from transformers import CLIPTextModel
 
@@ -172,7 +165,8 @@ def test_open_clip_loads_by_architecture_and_weights_file(tmp_path, monkeypatch)
     torch.testing.assert_close(load_clip(spec).embed_texts(PROMPTS), truth, atol=1e-5, rtol=1e-5)
 
 
-def test_a_pointer_folder_stands_for_a_spec_with_its_context_length(t5_folder, tmp_path):
+def test_a_pointer_folder_stands_for_a_spec_with_its_context_length(t5_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAPHAEL_ALLOW_REMOTE", "1")
     write_pointer(tmp_path, f"t5:{t5_folder}", {"context_length": 9})
     assert load_text_encoder(tmp_path).context_length == 9
 
@@ -202,4 +196,10 @@ def test_ids_of_another_length_and_damaged_weights_are_refused(clip_folder, tmp_
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:500])
     with pytest.raises(PretrainedError, match="damaged"):
+        load_text_encoder(tmp_path)
+
+
+def test_a_workspace_without_a_text_encoder_says_so_to_whoever_asks_for_one(tmp_path):
+    write_pointer(tmp_path, NO_TEXT, {})
+    with pytest.raises(PretrainedError, match="got none, as clip.pretrained says; name one there and run clip again"):
         load_text_encoder(tmp_path)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from raphael.evaluate.feature_cache import embed_folder
-from raphael.evaluate.features import FeatureSpace
-from raphael.evaluate.folders import _prompts
-from raphael.evaluate.frechet import Features
-from raphael.evaluate.picture_folder import PictureFolder, Preparation
-from raphael.stage import StageError
+from raphael.base.stage import StageError
+from raphael.evaluate.features.cache import embed_folder
+from raphael.evaluate.features.extract import FeatureSpace
+from raphael.evaluate.features.image_folder import ImageFolder, Preparation
+from raphael.evaluate.metrics.frechet import Features
+from raphael.evaluate.protocols.folders import _prompts
 
 
 def draw(folder, sizes):
@@ -19,27 +19,27 @@ def draw(folder, sizes):
     rng = np.random.default_rng(0)
     for index, (width, height) in enumerate(sizes):
         Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{index}.png")
-    return PictureFolder.read(folder)
+    return ImageFolder.read(folder)
 
 
 def corners(name="fd_corners"):
-    """Features that depend on how a picture was cropped: its four corners."""
+    """Features that depend on how an image was cropped: its four corners."""
     return FeatureSpace(name, lambda batch: batch[:, ::7, ::7].reshape(len(batch), -1)[:, :12], name.ljust(16, "0"))
 
 
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        ("p.txt", "one\ntwo", "got 2 prompts for 3 pictures, expected as many"),
-        ("p.txt", "one\ntwo\nthree\nfour", "got 4 prompts for 3 pictures"),
-        ("p.json", json.dumps({"prompts": [{"prompt": "one"}]}), "got 1 prompts for 3 pictures"),
+        ("p.txt", "one\ntwo", "got 2 prompts for 3 images, expected as many"),
+        ("p.txt", "one\ntwo\nthree\nfour", "got 4 prompts for 3 images"),
+        ("p.json", json.dumps({"prompts": [{"prompt": "one"}]}), "got 1 prompts for 3 images"),
         ("p.json", json.dumps({"captions": []}), "expected prompts: "),
         ("p.json", json.dumps({"prompts": [{"text": "one"}] * 3}), "expected prompts: "),
         ("p.json", "{", "not valid JSON"),
         ("p.txt", None, "no such file; expected one prompt a line"),
     ],
 )
-def test_a_caption_list_that_does_not_match_the_pictures_is_an_error_that_says_both_numbers(tmp_path, name, text, says):
+def test_a_caption_list_that_does_not_match_the_images_is_an_error_that_says_both_numbers(tmp_path, name, text, says):
     drawn = draw(tmp_path / "a", [(8, 8)] * 3)
     if text is not None:
         (tmp_path / name).write_text(text)
@@ -47,9 +47,9 @@ def test_a_caption_list_that_does_not_match_the_pictures_is_an_error_that_says_b
         _prompts(drawn, tmp_path / name)
 
 
-def test_pictures_of_mixed_sizes_that_nothing_prepares_are_an_error_that_says_what_to_do(tmp_path):
+def test_images_of_mixed_sizes_that_nothing_prepares_are_an_error_that_says_what_to_do(tmp_path):
     drawn = draw(tmp_path / "a", [(16, 16), (16, 12)])
-    with pytest.raises(StageError, match=r"got pictures of .16, 16, 3. and .12, 16, 3., .*take a protocol that"):
+    with pytest.raises(StageError, match=r"got images of .16, 16, 3. and .12, 16, 3., .*take a protocol that"):
         embed_folder(drawn, (Preparation("none", 0), 0), [corners()], tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("*.npy"))
 

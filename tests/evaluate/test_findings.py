@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from raphael.evaluate.attributes import score, wrong_attributes
-from raphael.evaluate.findings import by_suite, judgement_of, picture_table, worth_looking_at
-from raphael.evaluate.intervals import wilson
-from raphael.evaluate.report_findings import beside, clip_by_suite, failures, metric_cards
-from raphael.evaluate.scene_reader import SceneReading
-from raphael.stage import write_json
+from raphael.base.stage import write_json
+from raphael.evaluate.findings import image_table, judgement_of, worth_looking_at
+from raphael.evaluate.metrics.intervals import wilson
+from raphael.evaluate.metrics.of_prompts import by_suite
+from raphael.evaluate.report.findings import beside, clip_by_suite, failures, metric_cards
+from raphael.evaluate.scenes.attributes import score, wrong_attributes
+from raphael.evaluate.scenes.reader import SceneReading
 
 ENTRIES = [
     {"file": f"{index}.png", "index": index, "prompt": f"prompt {index}", "suite": "one" if index < 4 else "two"}
@@ -32,14 +33,23 @@ def test_every_suite_has_its_mean_and_an_interval_around_it():
     assert by_suite(ENTRIES[:1], COSINES[:1])["one"]["low"] is None, "one prompt has no spread"
 
 
-def test_failures_are_the_lowest_scores_and_the_most_wrong_and_a_right_picture_is_none():
+def test_failures_are_the_lowest_scores_and_the_most_wrong_and_a_right_image_is_none():
     wrong = [["shape"], [], ["shape", "count"], [], ["count", "shape", "style"], ["style"]]
     found = worth_looking_at(ENTRIES, COSINES, wrong)
     assert [row["file"] for row in found["lowest_clip_score"]] == [f"{index}.png" for index in (1, 3, 0, 2, 5, 4)]
     assert found["lowest_clip_score"][0]["value"] == 0.1
     assert [row["file"] for row in found["most_wrong"]] == ["4.png", "2.png", "0.png", "5.png"]
     assert list(found["wrong"].items()) == [("shape", 3), ("count", 2), ("style", 2)]
-    assert worth_looking_at(ENTRIES, None, None) == {"lowest_clip_score": [], "most_wrong": [], "wrong": {}}
+    assert worth_looking_at(ENTRIES, None, None) == {"lowest_clip_score": [], "most_wrong": [], "wrong": {}, "best": []}
+
+
+def test_the_best_have_nothing_wrong_the_suites_in_turn_the_higher_score_first():
+    wrong = [[], ["shape"], [], [], [], []]
+    best = [row["file"] for row in worth_looking_at(ENTRIES, COSINES, wrong)["best"]]
+    assert best == ["2.png", "4.png", "0.png", "5.png", "3.png"]
+    assert [row["file"] for row in worth_looking_at(ENTRIES, None, wrong)["best"]][:3] == ["0.png", "4.png", "2.png"]
+    by_score = [row["file"] for row in worth_looking_at(ENTRIES, COSINES, None)["best"]]
+    assert by_score == ["4.png", "5.png", "2.png", "0.png", "3.png", "1.png"]
 
 
 def test_the_judging_number_is_the_exact_one_where_truth_is_known_and_its_protocol_is_what_was_asked_and_how():
@@ -60,7 +70,7 @@ def test_the_judging_number_is_the_exact_one_where_truth_is_known_and_its_protoc
     assert judgement_of({"settings": {}, "clip_score_self": None}) is None
 
 
-def test_a_picture_is_right_when_everything_that_its_prompt_states_is():
+def test_an_image_is_right_when_everything_that_its_prompt_states_is():
     truth = {
         "style": None,
         "background": {"colour": "black", "kind": "plain"},
@@ -70,7 +80,7 @@ def test_a_picture_is_right_when_everything_that_its_prompt_states_is():
         "text": None,
     }
     entries = [{"suite": "single", "truth": truth}] * 3
-    from raphael.evaluate.scene_reader import read_scene
+    from raphael.evaluate.scenes.reader import read_scene
 
     blank = read_scene(np.zeros((64, 64, 3), np.uint8))
     assert isinstance(blank, SceneReading)
@@ -84,9 +94,10 @@ def test_a_picture_is_right_when_everything_that_its_prompt_states_is():
 
 def test_a_metrics_card_says_n_interval_and_protocol():
     measured = facts(fd_clip_self_6=0.1, fd_clip_self_6_reference="9 training pictures")
+    measured["protocol"] = {"identity": "raphael/v1"}
     cards = {card["key"]: card for card in metric_cards(measured)}
     assert cards["clip_score_self"]["n"] == 6 and cards["clip_score_self"]["interval"] == ["0.25", "0.65"]
-    line = "prompts 5e75e75e, sampler ddim, steps 9, guidance 4.0, seed 0, model c0ffeec0, CLIP 5c05c05c"
+    line = "raphael/v1, prompts 5e75e75e, sampler ddim, steps 9, guidance 4.0, seed 0, model c0ffeec0, CLIP 5c05c05c"
     assert cards["clip_score_self"]["protocol"] == line
     assert cards["fd_clip_self_6"]["protocol"] == f"{line}, against 9 training pictures"
 
@@ -107,13 +118,13 @@ def test_the_report_shows_suites_failures_and_what_lies_beside_and_nothing_where
     figure = {"n": 6, "n_reference": 9, "distance": "fd_6", "score": "clip_score", "series": {"": [point]}}
     kinds = ("alpha", "space_experts", "time_experts", "edge_max_timestep")
     figures = {"guidance": figure} | {name: {"absent": "no reason"} for name in kinds}
-    write_json(tmp_path / "sweep.json", {"model": "m", "mask_threshold": 0.2, "figures": figures})
+    write_json(tmp_path / "sweep.json", {"model": "m", "knobs": {"alpha": 0.2}, "figures": figures})
     assert [one["name"] for one in beside(tmp_path, "m")["sweep"]["figures"]] == ["guidance"]
     assert beside(tmp_path, "another model")["sweep"] is None
 
 
-def test_the_table_of_pictures_spreads_over_all_prompts():
+def test_the_table_of_images_spreads_over_all_prompts():
     entries = [{"prompt": str(index), "index": index} for index in range(100)]
-    table = picture_table(entries, [np.zeros((4, 4, 3), np.uint8)] * 100, seed=7)
+    table = image_table(entries, [np.zeros((4, 4, 3), np.uint8)] * 100, seed=7)
     assert len(table["picture"]) == 32 and table["prompt"][:2] == ["0", "3"] and table["seed"][1] == "7/3"
     assert len(set(table["prompt"])) == 32

@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 
-from raphael.evaluate.attributes import score
-from raphael.evaluate.clip_score import clip_score, clip_score_of_others, nearest, retrieval
-from raphael.evaluate.report_data import funnel
-from raphael.evaluate.scene_reader import ReadObject, SceneReading
-from raphael.stage import write_json
+from raphael.base.stage import write_json
+from raphael.evaluate.metrics.clip_score import clip_score, clip_score_of_others, nearest, retrieval
+from raphael.evaluate.report.sections import funnel
+from raphael.evaluate.scenes.attributes import score
+from raphael.evaluate.scenes.reader import ReadObject, SceneReading
 
 
 def unit(rng, n, dim=8):
@@ -45,7 +45,7 @@ def test_embeddings_that_do_not_fit_are_an_error(bad):
 
 
 def test_a_perfect_painter_scores_one_and_chance_says_what_ignoring_prompts_gives():
-    """Two backgrounds in turn: against the truth of another picture half of them fit."""
+    """Two backgrounds in turn: against the truth of another image half of them fit."""
     entries, readings = [], []
     for index in range(12):
         colour = ("red", "blue")[index % 2]

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows import full
 from flows.environment import prepare
-from flows.workspace import make_workspace
+from flows.pipelines import full
+from flows.workspace.folder import make_workspace
 
 SCRIPT = """
 import json, os, pathlib, sys, time, yaml

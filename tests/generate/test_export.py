@@ -8,14 +8,15 @@ import pytest
 import torch
 from truth.tiny_raphael import write_pipeline
 
-from raphael.checkpoint import CheckpointError, read_checkpoint
+from raphael.base.checkpoint.folder import CheckpointError, read_checkpoint
+from raphael.base.config.preset import DiffusionConfig
+from raphael.base.stage import StageError
+from raphael.base.strict import to_dict
 from raphael.diffusion.schedule import Schedule
-from raphael.generate.export import export, scheduler_config
-from raphael.generate.import_model import diffusion_from, import_model
 from raphael.generate.pipeline import RaphaelPipeline
-from raphael.preset import DiffusionConfig
-from raphael.stage import StageError
-from raphael.strict import to_dict
+from raphael.net.condition import Condition
+from raphael.systems.exchange.export import export, scheduler_config
+from raphael.systems.exchange.import_model import diffusion_from, import_model
 
 PROMPTS = ["a red circle left of a blue star", "", "Two GREEN rings, a photo's edge"]
 
@@ -77,7 +78,7 @@ def test_transformers_reads_texts_with_the_exported_encoder_as_we_do(model, fold
 DIFFUSIONS = [
     DiffusionConfig(1000, schedule, 0.00085, 0.012, prediction, zero)
     for schedule in ("linear", "scaled_linear", "cosine")
-    for prediction, zero in (("eps", False), ("v", False), ("v", True))
+    for prediction, zero in (("eps", False), ("v", False), ("v", True), ("x0", False))
 ]
 
 
@@ -90,7 +91,10 @@ def test_diffusers_schedulers_have_our_alphas(diffusion, tmp_path):
     ours = Schedule(diffusion)
     for kind in (DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler):
         theirs = kind.from_pretrained(tmp_path)
-        assert theirs.config.prediction_type == {"eps": "epsilon", "v": "v_prediction"}[diffusion.prediction]
+        assert (
+            theirs.config.prediction_type
+            == {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[diffusion.prediction]
+        )
         # they multiply a thousand factors in float32; at zero terminal SNR two of them keep 2^-24 instead of 0
         torch.testing.assert_close(theirs.alphas_cumprod.double(), ours.alpha_bar, rtol=1e-4, atol=1e-6)
     theirs = DDIMScheduler.from_pretrained(tmp_path)
@@ -98,6 +102,15 @@ def test_diffusers_schedulers_have_our_alphas(diffusion, tmp_path):
     sigmas = ours.sampling_sigmas(10)[:-1]
     assert torch.equal(sigmas, ours.sigma[theirs.timesteps])
     assert diffusion_from(config, tmp_path) == diffusion
+
+
+@pytest.mark.parametrize(("schedule", "prediction"), [("edm", "edm"), ("linear", "flow")])
+def test_noise_and_predictions_that_diffusers_schedulers_do_not_share_are_refused(schedule, prediction):
+    diffusion = to_dict(DiffusionConfig(1000, schedule, 0.00085, 0.012, prediction, False))
+    with pytest.raises(
+        StageError, match="diffusers: got a model with diffusion.(schedule edm|prediction flow), expected"
+    ):
+        scheduler_config(diffusion)
 
 
 def test_the_header_of_the_single_file_says_what_it_is(single, model):
@@ -116,7 +129,7 @@ def test_pickles_are_refused_everywhere_and_never_read(model, tmp_path):
         def __reduce__(self):
             return (open, (str(tmp_path / "exploded"), "w"))
 
-    bomb = tmp_path / "model.ckpt"
+    bomb = tmp_path / "model.pt"
     bomb.write_bytes(pickle.dumps(Bomb()))
     for part in ("unet", "vae"):
         (tmp_path / "sd" / part).mkdir(parents=True)
@@ -143,7 +156,7 @@ def test_a_damaged_or_foreign_file_is_one_line(single, tmp_path):
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(StageError, match="got form None, expected 'raphael-single/1'"):
+    with pytest.raises(StageError, match="recognised nothing; its names begin with a; expected Stable"):
         import_model(tmp_path / "other.safetensors", tmp_path / "x")
     save_file({"../a:b": torch.zeros(1)}, cut, metadata={"form": "raphael-single/1", "files": "{}", "meta": "{}"})
     with pytest.raises(StageError, match="a place outside the folder: refused"):
@@ -153,7 +166,7 @@ def test_a_damaged_or_foreign_file_is_one_line(single, tmp_path):
         import_model(single, tmp_path)
 
 
-def test_a_stable_diffusion_folder_becomes_a_pipeline_that_draws(folder, tmp_path):
+def test_a_stable_diffusion_folder_becomes_a_pipeline_that_generates(folder, tmp_path):
     """A tiny one of diffusers' own classes, with the exported encoders beside its U-Net."""
     import shutil
 
@@ -175,11 +188,11 @@ def test_a_stable_diffusion_folder_becomes_a_pipeline_that_draws(folder, tmp_pat
     ).eval()
     unet.save_pretrained(source / "unet", safe_serialization=True)
     said = import_model(source, tmp_path / "out", "sd-debug")
-    assert "draws what the U-Net it came from draws" in said
+    assert "generates what the U-Net it came from generates" in said
     moved = tmp_path / "moved"
     (tmp_path / "out").rename(moved)  # its pointer to the text encoder moves along
     pipeline = RaphaelPipeline.from_pretrained(moved)
     x, t, cond = torch.randn(1, 4, 8, 8), torch.tensor([500]), pipeline.encode(["a red circle"])
     with torch.no_grad():
-        mine, true = pipeline.unet(x, t, cond.context).prediction, unet(x, t, cond.context).sample
+        mine, true = pipeline.unet(x, t, Condition(cond.tokens)).prediction, unet(x, t, cond.tokens).sample
     torch.testing.assert_close(mine, true, rtol=1e-4, atol=1e-5)

@@ -12,12 +12,13 @@ import pytest
 import torch
 from truth import moe_loops
 
-from raphael.diffusion.denoiser import TextCondition
+from raphael.base.config.preset import load_preset
+from raphael.base.precision import autocast
+from raphael.diffusion.prediction import prediction_of
+from raphael.diffusion.sampling import Parts, Sampling, generate_latents
 from raphael.diffusion.schedule import Schedule
-from raphael.net.unet import UNet
-from raphael.precision import autocast
-from raphael.preset import load_preset
-from raphael.sampling import Parts, Sampling, draw_latents
+from raphael.net.condition import Condition
+from raphael.net.moe.unet import RaphaelUNet
 
 POOL = 4_194_301  # numbers drawn once and dealt out to all weights; a prime, so that no two rows are alike
 BF16 = 2.0**-8  # a unit in the last place, relative
@@ -30,7 +31,7 @@ def build(config, dtype):
     variance 1 / fan_in; norms as they begin, in float32.
     """
     with torch.device("meta"):
-        net = UNet(config)
+        net = RaphaelUNet(config)
     net = net.to(dtype).to_empty(device="cpu").eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     pool = (torch.rand(POOL, generator=generator) * 2 - 1).to(dtype)
@@ -68,13 +69,13 @@ def test_the_network_runs_at_its_real_size_and_its_experts_are_the_token_loop(na
 
     def encode(prompts):
         rows = torch.stack([texts[int(bool(prompt))] for prompt in prompts])
-        return TextCondition(rows, everything.expand(len(prompts), -1))
+        return Condition(rows, everything.expand(len(prompts), -1))
 
     seen, middle = {}, net.middle.space_moe
     handle = middle.register_forward_hook(lambda module, args, out: seen.update(args=args, out=out[0]))
     x = torch.randn(1, *latent, generator=generator)
     with torch.inference_mode(), autocast("bf16", "cpu"):
-        output = net(x, torch.tensor([300.0]), texts[1:])
+        output = net(x, torch.tensor([300.0]), Condition(texts[1:]))
     assert output.prediction.shape == (1, *latent) and output.prediction.isfinite().all()
     assert 0.1 < output.prediction.std() < 10 and len(output.blocks) == config.num_blocks
     assert all(len(block.space.expert.unique()) > 1 for block in output.blocks)
@@ -88,8 +89,9 @@ def test_the_network_runs_at_its_real_size_and_its_experts_are_the_token_loop(na
     error = (fast.float() - naive) / scale
     assert error.square().mean().sqrt() < 2 * BF16 and error.abs().max() < 16 * BF16
 
-    parts = Parts(net, Schedule(preset.diffusion), preset.diffusion.prediction, encode, lambda latents: latents, latent)
-    drawn = draw_latents(parts, ["a prompt"], [(0, 0)], Sampling("ddim", 1, 4.0, precision="bf16"))
+    schedule, prediction = Schedule(preset.diffusion), prediction_of(preset.diffusion)
+    parts = Parts(net, schedule, prediction, encode, lambda latents: latents, latent)
+    drawn = generate_latents(parts, ["a prompt"], [(0, 0)], Sampling("ddim", 1, 4.0, precision="bf16"))
     assert drawn.shape == (1, *latent) and drawn.isfinite().all() and drawn.std() > 0.1
     print(f"{name}: peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB, ", end="")
     print(f"experts' error {float(error.square().mean().sqrt()):.2e}, at most {float(error.abs().max()):.2e}")

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from truth.toy_training import LOOP
 
+from raphael.base.randomness import SampleRng
 from raphael.objectives.adversarial import AdversarialLoss, PatchDiscriminator
 from raphael.objectives.autoencoding import AutoencodingObjective
-from raphael.randomness import SampleRng
 from raphael.train.loop import train
 
 
@@ -102,12 +102,12 @@ def test_before_its_start_the_adversary_neither_teaches_nor_learns():
     assert int(late.adversarial.images_seen) == 12  # a held-out loss counts for nothing
 
 
-def test_a_picture_is_judged_alike_beside_any_other():
+def test_an_image_is_judged_alike_beside_any_other():
     judge = PatchDiscriminator(4, 3).double()
     pictures = torch.rand(3, 3, 24, 32, dtype=torch.float64)
     torch.testing.assert_close(judge(pictures)[1:2], judge(pictures[1:2]), rtol=0, atol=1e-12)
     assert judge(pictures).shape == (3, 1, 1, 2)
-    with pytest.raises(ValueError, match="got pictures or crops of 16 x 16 px, expected sides of at least 24"):
+    with pytest.raises(ValueError, match="got images or crops of 16 x 16 px, expected sides of at least 24"):
         judge(torch.zeros(1, 3, 16, 16))
 
 
@@ -150,7 +150,7 @@ torch.distributed.destroy_process_group()
 
 
 def test_two_workers_find_the_balance_of_the_whole_batch():
-    from raphael.ray_cluster import free_ports
+    from raphael.base.ray_cluster import free_ports
 
     whole = objective()(batch(), rng())["adversarial_balance"]
     (port,) = free_ports(1)

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from raphael.config import load_config
+from raphael.base.config.params import load_config
+from raphael.base.randomness import SampleRng
 from raphael.encoders.autoencoder import build_autoencoder
 from raphael.objectives.autoencoding import AutoencodingObjective, gradient_l1, kl_divergence, to_network_range
-from raphael.randomness import SampleRng
 
 
 def batch(count=4, side=16):
@@ -45,7 +45,7 @@ def test_the_network_sees_minus_one_to_one():
 
 
 class Perfect(nn.Module):
-    """Remembers the picture: its reconstruction is exact, its posterior standard normal."""
+    """Remembers the image: its reconstruction is exact, its posterior standard normal."""
 
     def encode_moments(self, images):
         self.images = images
@@ -86,7 +86,7 @@ class Seen(Perfect):
         return torch.zeros(len(images), 8, images.shape[2] // 4, images.shape[3] // 4)
 
 
-def test_crops_are_parts_of_their_pictures_and_belong_to_the_sample():
+def test_crops_are_parts_of_their_images_and_belong_to_the_sample():
     whole = to_network_range(batch()["image"])
 
     def crops(part):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
+from raphael.base.randomness import SampleRng
 from raphael.objectives.contrastive import ContrastiveObjective, contrastive_loss, retrieval
-from raphael.randomness import SampleRng
 
 
 def embeddings(count=5, width=3):

@@ -3,22 +3,25 @@ from dataclasses import replace
 import pytest
 import torch
 
-from raphael.config import load_config
-from raphael.diffusion.denoiser import TextCondition
-from raphael.net.gate import Routing
-from raphael.net.unet import UNet
-from raphael.objectives.denoising import DenoisingObjective, LatentScale, _by_quarter, min_snr_weights, shifted
-from raphael.preset import load_preset
-from raphael.randomness import SampleRng
-from raphael.records import EDGES, MOMENTS, TOKEN_IDS
+from raphael.base.config.params import load_config
+from raphael.base.config.preset import load_preset
+from raphael.base.randomness import SampleRng
+from raphael.base.records import EDGES, MOMENTS, TOKEN_IDS
+from raphael.diffusion.prediction import Eps, Velocity
+from raphael.net.condition import Condition
+from raphael.net.moe.gate import Routing
+from raphael.net.moe.unet import RaphaelUNet
+from raphael.objectives.denoising import DenoisingObjective, LatentScale, min_snr_weights, shifted
+from raphael.objectives.timesteps import by_quarter
 
 PRESET = load_preset("tiny-debug")
 SHAPE = PRESET.unet
+PREDICTIONS = {"eps": Eps(), "v": Velocity()}
 TABLE = torch.randn(100, SHAPE.context_dim, generator=torch.Generator().manual_seed(0))
 
 
 def encode_text(tokens):
-    return TextCondition(TABLE[tokens], tokens > 0)
+    return Condition(TABLE[tokens], tokens > 0)
 
 
 def objective(prediction="v", unet=None, **changes):
@@ -26,8 +29,8 @@ def objective(prediction="v", unet=None, **changes):
 
     torch.manual_seed(0)
     changes = {"latents": "sample", "timestep_shift": 1.0, **changes}
-    config = replace(load_config(Path(__file__).parents[2] / "params.yaml").train, **changes)
-    net = UNet(replace(SHAPE, **(unet or {})))
+    config = replace(load_config(Path(__file__).parents[2] / "params.yaml").training(), **changes)
+    net = RaphaelUNet(replace(SHAPE, **(unet or {})))
     with torch.no_grad():
         for parameter in net.parameters():
             if not parameter.any():
@@ -97,13 +100,15 @@ def test_the_edge_loss_is_zero_above_the_cut_off_and_counts_by_the_batch_size():
     assert 0 < len(below) < 16
     alone = [objective(edge_max_timestep=1000)(batch([i]), rng([i]))["edge"] for i in below]
     torch.testing.assert_close(edge, sum(alone) / 16)
+    at = max(int(times[0][i]) for i in below)  # the cut-off itself counts
+    assert objective(edge_max_timestep=at)(batch(indices), rng(indices))["edge"] == edge
     above = [i for i in indices if times[0][i] > 500]
     assert objective(edge_max_timestep=500)(batch(above), rng(above))["edge"] == 0
 
 
 def test_blocks_of_the_edge_loss_count_by_their_weights():
     """Against the naive sum, block by block, of losses taken from the network's own edge maps."""
-    from raphael.net.edge import focal_loss
+    from raphael.net.moe.edge import focal_loss
 
     weights = tuple(float(number) for number in range(SHAPE.num_blocks))  # the first block is left out
     goal, seen = objective(edge_max_timestep=1000, edge_block_weights=weights, balance="none"), []
@@ -180,7 +185,7 @@ def test_the_loads_of_a_gate_sum_to_one():
 
 def test_no_gradient_reaches_the_text_encoder():
     goal, table = objective(), TABLE.clone().requires_grad_()
-    goal.encode_text = lambda tokens: TextCondition(table[tokens], tokens > 0)
+    goal.encode_text = lambda tokens: Condition(table[tokens], tokens > 0)
     goal(batch(range(2)), rng(range(2)))["loss"].backward()
     assert table.grad is None
 
@@ -219,7 +224,7 @@ def test_min_snr_weights_are_the_papers_closed_form(prediction):
     expected = [1, 1, 1, 1, 5 / 5.1, 0.005]
     if prediction == "v":
         expected = [1e-4 / 1.0001, 0.5 / 1.5, 4.9 / 5.9, 5 / 6, 5 / 6.1, 5 / 1001]
-    weights = min_snr_weights(snr / (1 + snr), 5.0, prediction)
+    weights = min_snr_weights(snr / (1 + snr), 5.0, PREDICTIONS[prediction])
     torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64))
 
 
@@ -231,12 +236,12 @@ def test_min_snr_weights_make_the_losses_of_eps_and_of_v_one_loss_of_x0():
     of_eps = -signal / spread * error
     of_v = signal * of_eps - spread * error
     expected = snr.clamp(max=5) * error**2
-    torch.testing.assert_close(min_snr_weights(alpha_bar, 5.0, "eps") * of_eps**2, expected)
-    torch.testing.assert_close(min_snr_weights(alpha_bar, 5.0, "v") * of_v**2, expected)
+    torch.testing.assert_close(min_snr_weights(alpha_bar, 5.0, Eps()) * of_eps**2, expected)
+    torch.testing.assert_close(min_snr_weights(alpha_bar, 5.0, Velocity()) * of_v**2, expected)
 
 
 def test_where_no_signal_is_left_a_sample_still_counts():
-    assert min_snr_weights(torch.zeros(1, dtype=torch.float64), 5.0, "v") == 1
+    assert min_snr_weights(torch.zeros(1, dtype=torch.float64), 5.0, Velocity()) == 1
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
@@ -245,7 +250,7 @@ def test_min_snr_weighs_each_sample_of_the_denoising_loss_and_leaves_the_others(
     goal, plain = objective(prediction, min_snr_gamma=5.0), objective(prediction)
     weighted, unweighted = goal(batch(indices), rng(indices)), plain(batch(indices), rng(indices))
     t = (rng(indices).uniform("timestep") * 1000).long()
-    weights = min_snr_weights(goal.schedule.alpha_bar[t], 5.0, prediction).float()
+    weights = min_snr_weights(goal.schedule.alpha_bar[t], 5.0, PREDICTIONS[prediction]).float()
     alone = torch.stack([plain(batch([i]), rng([i]))["denoise"] for i in indices])
     torch.testing.assert_close(weighted["denoise"], (weights * alone).mean(), rtol=1e-4, atol=1e-6)
     assert torch.equal(weighted["edge"], unweighted["edge"]) and weighted["denoise"] < unweighted["denoise"]
@@ -260,7 +265,7 @@ def test_training_at_zero_terminal_snr_is_finite_at_its_last_timestep():
     goal = DenoisingObjective(
         goal.unet, encode_text, goal.empty_tokens, diffusion, replace(goal.config, min_snr_gamma=5.0), LatentScale(2.0)
     )
-    goal.schedule.alpha_bar[:] = 0  # whatever timestep is drawn, nothing of the picture is left
+    goal.schedule.alpha_bar[:] = 0  # whatever timestep is drawn, nothing of the image is left
     losses = goal(batch(range(4)), rng(range(4)))
     losses["loss"].backward()
     assert all(torch.isfinite(p.grad).all() for p in goal.unet.parameters() if p.grad is not None)
@@ -321,7 +326,7 @@ def test_errors_are_sorted_into_quarters_of_the_timesteps():
     generator = torch.Generator().manual_seed(0)
     prediction, target = (torch.randn(6, 4, 3, 3, generator=generator) for _ in range(2))
     t = torch.tensor([0, 249, 250, 499, 999, 100])
-    found = _by_quarter(prediction, target, t, 1000)
+    found = by_quarter(prediction, target, t, 1000)
     assert found["denoise_t.share"].tolist() == pytest.approx([3 / 6, 2 / 6, 0, 1 / 6])
     means = [0.0, 0.0, 0.0, 0.0]
     for sample, quarter in enumerate((0, 0, 1, 1, 3, 0)):
@@ -360,7 +365,7 @@ def test_the_held_out_loss_is_the_square_error_at_the_asked_timestep_whatever_th
     a, s = (f(goal.schedule.alpha_bar[t])[:, None, None, None].float() for f in (torch.sqrt, lambda x: (1 - x).sqrt()))
     text = encode_text(records[TOKEN_IDS])
     with torch.no_grad():
-        prediction = goal.unet(a * x0 + s * noise, t, text.context, text.mask).prediction
+        prediction = goal.unet(a * x0 + s * noise, t, text).prediction
     expected = (prediction - (a * noise - s * x0)).square().mean((1, 2, 3))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 

@@ -44,7 +44,7 @@ def test_the_distance_is_the_formula_on_torchvisions_network(files):
         torch.testing.assert_close(got[k], by_hand(features, lines, x[k], y[k]), rtol=1e-4, atol=1e-6)
 
 
-def test_equal_pictures_have_no_distance_and_a_gradient_leads_back_to_them(files):
+def test_equal_images_have_no_distance_and_a_gradient_leads_back_to_them(files):
     lpips = load_lpips(*files[:2])
     x = torch.rand(1, 3, 16, 16) * 2 - 1
     assert float(lpips(x, x)) == 0

@@ -1,6 +1,10 @@
+from collections import Counter
+
 import numpy as np
 import pytest
 
+from raphael.base.randomness import Shuffled
+from raphael.train import batches as batches_module
 from raphael.train.batches import Batches
 
 
@@ -47,6 +51,49 @@ def test_what_cannot_be_split_is_refused():
         Batches(0, 0, 4)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 10, 16, 17, 1000, 4097])
+def test_an_order_of_which_nothing_is_held_is_a_permutation_another_for_each_epoch_and_seed(count):
+    everyone = np.arange(count)
+    orders = [Shuffled(seed, epoch, count)[everyone].tolist() for seed in (0, 1) for epoch in range(3)]
+    for order in orders:
+        assert sorted(order) == everyone.tolist()
+    if count >= 10:
+        assert len(set(map(tuple, orders))) == 6
+    # any place by itself
+    assert Shuffled(0, 2, count)[everyone[::-1]].tolist() == orders[2][::-1]
+
+
+def test_the_orders_of_small_sets_come_equally_often():
+    """All 24 orders of four samples over 4,800 epochs: chi-squared with 23 degrees stays below its 99.9 % point."""
+    counts = Counter(tuple(Shuffled(0, epoch, 4)[np.arange(4)].tolist()) for epoch in range(4800))
+    assert len(counts) == 24
+    assert sum((seen - 200) ** 2 / 200 for seen in counts.values()) < 49.7
+
+
+def test_neighbours_in_the_order_are_no_neighbours_in_the_data():
+    order = Shuffled(0, 0, 100_000)[np.arange(100_000)]
+    for one, other in ((order[:-1], order[1:]), (order, np.arange(100_000))):
+        assert abs(np.corrcoef(one, other)[0, 1]) < 0.02
+    assert np.median(np.abs(np.diff(order))) > 20_000
+
+
+def test_large_data_sets_keep_every_promise_of_small_ones(monkeypatch):
+    monkeypatch.setattr(batches_module, "HELD", 9)
+    test_every_sample_comes_once_per_epoch_and_none_is_dropped()
+    test_a_step_does_not_depend_on_the_steps_before()
+    for world_size in (1, 2, 4):
+        test_ranks_side_by_side_are_the_batch_of_one_worker(world_size)
+    test_the_batch_size_changes_the_cut_not_the_order()
+
+
+def test_a_thousand_million_samples_begin_anywhere_at_once():
+    batches = Batches(0, 10**9, 256)
+    for step in (0, 10**6, 10**8):
+        epochs, indices = batches.everyone(step)
+        assert len(set(indices.tolist())) == 256 and 0 <= indices.min() and indices.max() < 10**9
+        assert set(epochs.tolist()) == {256 * step // 10**9}
+
+
 BUCKETS = (37, 5, 0, 90)  # the second is smaller than a batch
 STEPS = 65  # of four rounds: 18 + 2 + 0 + 45 whole batches
 
@@ -69,7 +116,7 @@ def test_one_named_bucket_changes_nothing():
 
 
 def test_the_order_of_one_bucket_is_the_permutations_one_after_the_other():
-    from raphael.randomness import permutation
+    from raphael.base.randomness import permutation
 
     row = [(epoch, index) for epoch in range(4) for index in permutation(5, epoch, 10).tolist()]
     assert sequence(Batches(5, 10, 4), 10) == row
@@ -117,6 +164,14 @@ def test_with_buckets_a_step_does_not_depend_on_the_steps_before_nor_on_the_work
     ranks = [bucketed(rank=rank, world_size=4) for rank in range(4)]
     for step in range(40):
         np.testing.assert_array_equal(np.concatenate([rank.own(step) for rank in ranks], axis=1), used.everyone(step))
+
+
+def test_buckets_of_equal_size_have_orders_of_their_own():
+    batches, orders = Batches(0, 64, 8, buckets=(32, 32)), {0: [], 1: []}
+    for step in range(8):
+        indices = batches.everyone(step)[1].tolist()
+        orders[indices[0] // 32].extend(index % 32 for index in indices)
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(32)) and orders[0] != orders[1]
 
 
 def test_counts_that_do_not_add_up_are_refused():

@@ -1,4 +1,4 @@
-"""Training on pictures of several shapes: the debug sizes, random encoders and records of two tiny buckets."""
+"""Training on images of several shapes: the debug sizes, random encoders and records of two tiny buckets."""
 
 import os
 import subprocess
@@ -11,10 +11,10 @@ from truth import bucket_training
 from truth.toy_training import fingerprint
 from truth.training_workspace import ROOT, write_workspace
 
-from raphael.checkpoint_home import CheckpointHome
-from raphael.randomness import SampleRng
-from raphael.records import EDGES, MOMENTS, Records
-from raphael.train.denoiser import Folders, Job, build_denoising, drawing_parts
+from raphael.base.checkpoint.home import CheckpointHome
+from raphael.base.randomness import SampleRng
+from raphael.base.records import EDGES, MOMENTS, Records
+from raphael.systems.raphael.training import Folders, TrainingJob, build_denoising, sampling_parts
 from raphael.train.loop import Hooks, train
 
 SIZES = [[32, 32], [24, 40]]
@@ -37,7 +37,7 @@ def one_thread():
 def job(tmp_path_factory):
     root = tmp_path_factory.mktemp("workspace")
     config = write_workspace(root, {"picture": {"sizes_px": SIZES}, "train": {"num_workers": 0, "loop": LOOP}}, COUNTS)
-    return Job(config, Folders.of(root, root / "work"))
+    return TrainingJob(config, Folders.of(root, root / "work"))
 
 
 class Stop(Exception):
@@ -111,17 +111,17 @@ def test_two_workers_whose_steps_change_shape_train_what_one_trains(job, tmp_pat
 
 
 def test_it_draws_at_every_size_and_in_training_at_the_first(job):
-    from raphael.sampling import Sampling, draw_images
+    from raphael.diffusion.sampling import Sampling, generate_images
 
     objective, _ = build_denoising(job.config, job.folders)
-    parts = drawing_parts(job, objective)
+    parts = sampling_parts(job, objective)
     assert parts.latent_shape == (4, 8, 8)
     for height, width in SIZES:
         sized = replace(parts, latent_shape=(4, height // 4, width // 4))
-        pictures = draw_images(sized, ["a red circle"], [(0, 0)], Sampling(steps=2))
+        pictures = generate_images(sized, ["a red circle"], [(0, 0)], Sampling(steps=2))
         assert pictures.shape == (1, height, width, 3)
 
 
-def test_the_records_say_which_pictures_they_are_of(job):
+def test_the_records_say_which_images_they_are_of(job):
     records = Records(job.folders.records)
     assert records.bucket_counts == (28, 12) and [bucket.name for bucket in records.buckets] == list(COUNTS)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from truth.toy_training import LOOP, ToyData, ToyObjective
 
-from raphael.stage import StageError
+from raphael.base.stage import StageError
+from raphael.train.distributed.world import World
 from raphael.train.heldout import Heldout, Subset, chosen, split
 from raphael.train.loop import Hooks, train
-from raphael.train.world import World
 
 SHORT = replace(LOOP, num_images=96, log_every_images=32, checkpoint_every_images=48, heldout_every_images=40)
 
@@ -58,11 +58,21 @@ def test_timesteps_are_strata_and_the_same_bits_come_twice():
     first, state = measure(), torch.random.get_rng_state()
     assert sorted(torch.cat(places).tolist()) == pytest.approx([(i + 0.5) / 80 for i in range(80)])
     assert measure() == first and torch.equal(torch.random.get_rng_state(), state)
+
     quarters = [first[f"denoise_t/{quarter}"] for quarter in range(4)]
     assert first["denoise"] == pytest.approx(sum(quarters) / 4)
     with torch.no_grad():
         objective.head.weight += 0.1
     assert measure() != first
+
+
+def test_each_quarter_has_noise_of_its_own():
+    objective, out = ToyObjective().eval(), split(ToyData(), 8)[1]
+    noises, inner = [], objective.heldout
+    objective.heldout = lambda batch, rng, place: noises.append(rng.normal("noise", (6,))) or inner(batch, rng, place)
+    Heldout(objective, out, World(), "fp32")()
+    flat = [tuple(row.tolist()) for noise in noises for row in noise]
+    assert len(flat) == 4 * 8 and len(set(flat)) == len(flat)
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -110,7 +120,7 @@ def run(folder, loop, measured, stop=None):
         return objective, None, logged
 
 
-def test_measuring_changes_no_weight_and_is_there_for_raw_and_averaged_weights(tmp_path):
+def test_measuring_changes_no_weight_and_is_there_for_raw_and_ema_weights(tmp_path):
     with_it, result, logged = run(tmp_path / "a", SHORT, True)
     without, plain, _ = run(tmp_path / "b", replace(SHORT, heldout_every_images=0), False)
     for name, tensor in without.state_dict().items():
@@ -131,7 +141,7 @@ def test_a_resumed_training_ends_with_the_same_held_out_losses(tmp_path):
     assert run(tmp_path / "b", SHORT, True)[1]["heldout"] == whole["heldout"]
 
 
-def test_several_averages_that_start_late_follow_their_formula_through_a_resumption(tmp_path):
+def test_several_emas_that_start_late_follow_their_formula_through_a_resumption(tmp_path):
     """Against a loop over the weights after every step."""
     loop = replace(SHORT, ema_decay=0.9, ema_more_decays=(0.5,), ema_start_images=20, heldout_every_images=0)
     objective, weights = ToyObjective(), []
@@ -156,5 +166,7 @@ def test_several_averages_that_start_late_follow_their_formula_through_a_resumpt
     with pytest.raises(Stop):
         train(again, kept, loop, 7, folder=tmp_path / "b", hooks=Hooks(progress=stop, say=lambda _: None))
     resumed = train(ToyObjective(), kept, loop, 7, folder=tmp_path / "b", hooks=Hooks(say=lambda _: None))
+    done = train(ToyObjective(), kept, loop, 7, folder=tmp_path / "b", hooks=Hooks(say=lambda _: None))
     for name in ("ema", "ema_0.5"):
         assert torch.equal(resumed[name]["head.weight"], result[name]["head.weight"])
+        assert torch.equal(done[name]["head.weight"], result[name]["head.weight"]), "a finished one is only read again"

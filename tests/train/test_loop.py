@@ -10,8 +10,8 @@ import torch
 from truth import toy_training
 from truth.toy_training import LOOP, ToyData, ToyObjective, fingerprint
 
-from raphael.checkpoint import CheckpointError
-from raphael.checkpoint_home import CheckpointHome
+from raphael.base.checkpoint.folder import CheckpointError
+from raphael.base.checkpoint.home import CheckpointHome
 from raphael.train.loop import Hooks, TrainingError, World, _mean_over_ranks, train
 from raphael.train.state import State
 
@@ -184,7 +184,7 @@ def test_the_frozen_and_the_never_chosen_stay_as_they_were(whole):
     assert "frozen.weight" not in whole["result"]["ema"]
 
 
-def test_pictures_are_drawn_with_averaged_and_with_last_weights_at_zero_at_the_pace_and_at_the_end(tmp_path, whole):
+def test_images_are_generated_with_ema_and_with_last_weights_at_zero_at_the_pace_and_at_the_end(tmp_path, whole):
     objective = ToyObjective()
     drawn = {}
 
@@ -259,6 +259,6 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_the_end_is_the_same(tmp_
     assert fingerprint(tmp_path) == whole["files"]
 
 
-def test_no_average_means_the_weights_themselves(tmp_path):
+def test_no_ema_means_the_weights_themselves(tmp_path):
     objective, result, _ = toy(tmp_path, loop=replace(LOOP, ema_decay=0.0, num_images=80))
     assert torch.equal(result["ema"]["head.weight"], objective.head.weight)

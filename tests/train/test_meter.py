@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from raphael.train import meter
+from raphael.train.distributed.world import World
 from raphael.train.meter import Meter, peak_tflops
-from raphael.train.world import World
 
 
 @pytest.fixture()
@@ -16,7 +16,7 @@ def clock(monkeypatch):
 
 
 def test_rates_are_of_the_time_that_counts(clock):
-    """20 s for 80 images, of which 4 s for pictures: 5 images/s; 2 of the other 16 s waiting for batches."""
+    """20 s for 80 images, of which 4 s for images: 5 images/s; 2 of the other 16 s waiting for batches."""
     measured = Meter(World(1, 2), 580, 100, flops_per_image=3e12)
     with measured.paused():
         clock.s += 4
@@ -66,10 +66,10 @@ def test_memory_is_the_peak_of_the_process():
 
 
 def test_operations_of_an_image_are_the_mean_over_the_records_sizes():
-    from raphael.generate.anatomy import unet_flops
-    from raphael.preset import load_preset
-    from raphael.records import MOMENTS
-    from raphael.train.denoiser import training_flops
+    from raphael.base.config.preset import load_preset
+    from raphael.base.records import MOMENTS
+    from raphael.summary.model import unet_flops
+    from raphael.systems.raphael.training import training_flops
 
     preset = load_preset("tiny-debug")
     factor = 2 ** (len(preset.vae.channels) - 1)

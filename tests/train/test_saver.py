@@ -5,9 +5,9 @@ import pytest
 import torch
 from truth.toy_training import LOOP, ToyData, ToyObjective, fingerprint
 
-from raphael.checkpoint import CheckpointError
-from raphael.checkpoint_home import CheckpointHome
-from raphael.checkpoint_parts import Share
+from raphael.base.checkpoint.folder import CheckpointError
+from raphael.base.checkpoint.home import CheckpointHome
+from raphael.base.checkpoint.parts import Share
 from raphael.train.loop import Hooks, World, train
 from raphael.train.saver import Saver
 

@@ -5,15 +5,18 @@ import pytest
 import torch
 from truth.training_workspace import write_workspace
 
-from raphael.checkpoint import CheckpointError, checkpoint_sha256, write_checkpoint
-from raphael.config import LoopConfig
-from raphael.net.unet import UNet
-from raphael.randomness import SampleRng
-from raphael.stage import StageError
-from raphael.strict import ConfigError, to_dict
-from raphael.train.denoiser import Folders, build_denoising, patience
+from raphael.base.checkpoint.folder import CheckpointError, checkpoint_sha256, write_checkpoint
+from raphael.base.config.params import LoopConfig, load_config
+from raphael.base.randomness import SampleRng
+from raphael.base.stage import StageError
+from raphael.base.strict import ConfigError, to_dict
+from raphael.net.condition import Condition
+from raphael.net.moe.unet import RaphaelUNet
+from raphael.systems.job import Folders
+from raphael.systems.raphael.training import build_denoising
+from raphael.systems.worker import patience
 from raphael.train.loop import Hooks, train
-from raphael.train.start import Patience
+from raphael.train.start import Patience, begin_from, workers_for
 
 LOOP = {
     "num_images": 48,
@@ -34,10 +37,12 @@ def begun(tmp_path_factory):
     """(config, folders, weights) of a training that begins with a checkpoint of random weights, none of them zero."""
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("begun")
-    config = write_workspace(root / "workspace", {"train": {"num_workers": 0, "caption_drop": 0.0, "loop": LOOP}})
+    config = write_workspace(
+        root / "workspace", {"train": {"num_workers": 0, "settings": {"caption_drop": 0.0}, "loop": LOOP}}
+    )
     preset = config.model.load()
     torch.manual_seed(5)
-    unet = UNet(preset.unet)
+    unet = RaphaelUNet(preset.unet)
     with torch.no_grad():
         for parameter in unet.parameters():
             if not parameter.any():
@@ -60,6 +65,17 @@ class OneKind:
 
     def batch(self, indices):
         return {name: np.repeat(array, len(indices), 0) for name, array in self.records.batch(np.array([0])).items()}
+
+
+def test_a_network_with_the_input_of_mask_and_picture_begins_with_a_checkpoint_without_it(begun):
+    config, _, weights = begun
+    preset = config.model.load()
+    unet = replace(preset.unet, inpainting=True, picture_channels=preset.unet.latent_channels + 1)
+    network = RaphaelUNet(unet)
+    begin_from(network, config.train, replace(preset, unet=unet))
+    found = network.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in weights.items())
+    assert not network.picture_in.weight.any()
 
 
 def go_on(begun, folder, rate):
@@ -92,6 +108,21 @@ def test_data_of_one_kind_lowers_the_loss_on_it(begun, tmp_path):
     assert any(not torch.equal(weights[name], tensor) for name, tensor in begun[2].items())
 
 
+def test_a_training_whose_network_reads_more_begins_with_what_its_checkpoint_computes(begun):
+    config, folders, weights = begun
+    old, preset = RaphaelUNet(config.model.load().unet).eval(), config.model.load()
+    old.load_state_dict(weights)
+    wide = replace(preset, unet=replace(preset.unet, picture_channels=2, vector_dim=3, level_embedding=True))
+    unet = RaphaelUNet(wide.unet).eval()
+    begin_from(unet, config.train, wide)
+    generator, shape = torch.Generator().manual_seed(0), preset.unet
+    x = torch.randn(2, shape.latent_channels, 8, 8, generator=generator)
+    t, tokens = torch.tensor([3.0, 800.0]), torch.randn(2, shape.context_length, shape.context_dim, generator=generator)
+    more = {"vector": torch.randn(2, 3), "picture": torch.randn(2, 2, 8, 8), "level": torch.tensor([1.0, 99.0])}
+    with torch.no_grad():
+        assert torch.equal(unet(x, t, Condition(tokens, **more)).prediction, old(x, t, Condition(tokens)).prediction)
+
+
 def test_another_checkpoint_another_noise_and_another_shape_are_one_line(begun, tmp_path):
     config, folders, weights = begun
     preset = config.model.load()
@@ -108,7 +139,7 @@ def test_another_checkpoint_another_noise_and_another_shape_are_one_line(begun, 
     with pytest.raises(StageError, match="diffusion.prediction eps, this preset has v"):
         begin(init_from=str(tmp_path / "eps"), init_sha256=checkpoint_sha256(tmp_path / "eps"))
     write_checkpoint(tmp_path / "less", {"ema": {"a": torch.zeros(1)}}, {"diffusion": to_dict(preset.diffusion)})
-    with pytest.raises(CheckpointError, match="expected the weights of a UNet of this shape"):
+    with pytest.raises(CheckpointError, match="expected the weights of a RaphaelUNet of this shape"):
         begin(init_from=str(tmp_path / "less"), init_sha256=checkpoint_sha256(tmp_path / "less"))
 
 
@@ -174,3 +205,25 @@ def test_patience_asks_for_records_that_are_kept_out(begun):
     enough = patience(replace(begun[0].train, patience=3, num_heldout=4, loop=loop))
     assert (enough.metric, enough.points) == ("heldout/ema/denoise" if loop.ema_decay else "heldout/raw/denoise", 3)
     assert not patience(begun[0].train)([])
+
+
+@pytest.mark.parametrize(
+    ("batch", "images", "cores", "gpus", "use_gpu", "expected"),
+    [
+        (16, 25_600, 2, 0, False, 2),
+        (16, 25_600, 8, 0, False, 2),  # eight images a worker at least
+        (32, 25_600, 3, 0, False, 2),  # three do not divide the batch
+        (32, 25_600, 4, 0, False, 4),
+        (16, 25_600, 1, 0, False, 0),
+        (16, 640, 2, 0, False, 0),  # over before Ray is there
+        (8, 25_600, 2, 0, False, 0),
+        (16, 25_600, 16, 1, False, 0),  # this process, on the GPU
+        (16, 640, 16, 4, True, 4),
+        (16, 640, 16, 1, True, 0),
+    ],
+)
+def test_auto_takes_as_many_workers_as_pay_on_this_machine(batch, images, cores, gpus, use_gpu, expected, project):
+    train = load_config(project / "params.yaml").train
+    loop = replace(train.loop, batch_size=batch, num_images=images)
+    assert workers_for(replace(train, num_workers="auto", loop=loop, use_gpu=use_gpu), cores, gpus) == expected
+    assert workers_for(replace(train, num_workers=1, loop=loop, use_gpu=use_gpu), cores, gpus) == 1

@@ -10,8 +10,8 @@ def run(root: Path, out: Path, rank: int, world_size: int) -> None:
     """Train the workspace's model to the end with checkpoints in `out`; rank 0 prints nothing, files are the result."""
     import torch
 
-    from raphael.config import load_config
-    from raphael.train.denoiser import Folders, build_denoising
+    from raphael.base.config.params import load_config
+    from raphael.systems.raphael.training import Folders, build_denoising
     from raphael.train.loop import Hooks, World, train
 
     torch.set_num_threads(1)

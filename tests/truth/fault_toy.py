@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from truth.toy_training import LOOP, ToyData, ToyObjective
 
+from raphael.train.distributed.watchdog import WorkerLost
+from raphael.train.distributed.world import PLAIN
 from raphael.train.loop import Hooks, World, train
-from raphael.train.watchdog import WorkerLost
-from raphael.train.world import PLAIN
 
 LIMIT_S = 6.0
 AT_IMAGES = 40

@@ -6,9 +6,11 @@ is compared with the undisturbed files: byte for byte, of a tar its members' nam
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -23,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from truth.picture_workspace import SMALL, merge, small_preset
+from truth.image_workspace import SMALL, merge, small_preset
 
 ROWS = 240
 SOURCE_ROWS = 600  # three pieces: then two processes draw
@@ -45,8 +47,8 @@ STAGES = {
     "score": Kind("score", "score", "data/scores"),
     "filter": Kind("filter", "filter", "data/filtered"),
     "captions": Kind("captions", "captions", "data/captions"),
-    "autoencoder": Kind("fit_autoencoder", "autoencoder", "models/autoencoder"),
-    "clip": Kind("fit_clip", "clip", "models/clip"),
+    "autoencoder": Kind("autoencoder", "autoencoder", "models/autoencoder"),
+    "clip": Kind("clip", "clip", "models/clip"),
     "encode": Kind("encode", "encode", "data/records"),
 }  # in the order of dvc.yaml
 
@@ -59,6 +61,16 @@ def command(project: Path, stage: str, root: Path) -> dict:
 
 def run(project: Path, stage: str, root: Path, **more) -> subprocess.CompletedProcess:
     return subprocess.run(**command(project, stage, root), capture_output=True, text=True, timeout=500, **more)
+
+
+def run_here(stage: str, root: Path) -> None:
+    """Run a stage in this process."""
+    from raphael.base.config.params import load_config
+    from raphael.base.stage import Stage
+
+    with contextlib.chdir(root):
+        module = importlib.import_module(f"data_pipeline.{stage}.stage")
+        module.run(load_config(root / "params.yaml"), Stage(stage, root))
 
 
 def finish(project: Path, stage: str, root: Path) -> float:
@@ -80,7 +92,7 @@ def write_settings(project: Path, root: Path, rows: int = ROWS) -> None:
     """Small networks and shards; similarities computed by a small random CLIP, in place of the list's."""
     import torch
 
-    from raphael.config import load_config
+    from raphael.base.config.params import load_config
     from raphael.encoders.clip import build_clip, save_clip
 
     params = yaml.safe_load((project / "params.yaml").read_text())
@@ -216,7 +228,7 @@ class Tally:
         if self.path is None:
             return
         from benchmarks._machine import machine
-        from raphael.stage import write_json
+        from raphael.base.stage import write_json
 
         survived = json.loads(self.path.read_text())["survived"] if self.path.exists() else {}
         survived.setdefault(stage, {})[fault] = number

@@ -8,10 +8,10 @@ import signal
 
 import numpy as np
 
-from raphael.evaluate import feature_cache
-from raphael.evaluate.feature_cache import embed_folder
-from raphael.evaluate.features import FeatureSpace
-from raphael.stage import StageError
+from raphael.base.stage import StageError
+from raphael.evaluate.features import cache as feature_cache
+from raphael.evaluate.features.cache import embed_folder
+from raphael.evaluate.features.extract import FeatureSpace
 
 
 def thirds(pictures: np.ndarray) -> np.ndarray:
@@ -48,4 +48,4 @@ def die(work, worker, tick) -> None:
 
 
 def fail(work, worker, tick) -> None:
-    raise StageError("a picture: not a whole picture")
+    raise StageError("an image: not a whole image")

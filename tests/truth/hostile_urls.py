@@ -14,6 +14,8 @@ NAMES = {
     "nonsense.example": ["not an address"],
     "localhost": ["127.0.0.1"],
     "intranet": ["172.16.0.9"],
+    "azure.example": ["168.63.129.16"],
+    "azure6.example": ["64:ff9b::a83f:8110"],
     "xn--bcher-kva.example": ["10.0.0.8"],
 }
 
@@ -31,7 +33,9 @@ HOSTILE = {  # reason of the refusal -> urls
         "http://half.example:{port}/x", "http://mapped.example/x", "http://metadata.example/x",
         "http://nat64.example:{port}/x", "http://sixtofour.example/x", "http://unique.example/x",
         "http://cgnat.example/x", "http://nonsense.example/x", "http://intranet/x", "https://loop.example:{port}/x",
-        "http://bücher.example:{port}/x", "http://①②⑦.⓪.⓪.①:{port}/x", "http://127。0。0。1:{port}/x",
+        "http://bücher.example:{port}/x", "http://168.63.129.16/machine?comp=goalstate",
+        "http://168.63.129.16:32526/vmSettings", "http://[::ffff:168.63.129.16]/x", "http://azure.example/x",
+        "http://azure6.example/x", "http://①②⑦.⓪.⓪.①:{port}/x", "http://127。0。0。1:{port}/x",
     ],
     "odd host": [
         "http://127.1:{port}/x", "http://2130706433:{port}/x", "http://0x7f000001:{port}/x",

@@ -30,8 +30,8 @@ import torch
 from truth.parallel_toy import BlockObjective
 from truth.toy_training import LOOP, ToyData
 
-from raphael.checkpoint_home import CheckpointHome
-from raphael.train.world import PLAIN
+from raphael.base.checkpoint.home import CheckpointHome
+from raphael.train.distributed.world import PLAIN
 
 STEPS = LOOP.num_images // LOOP.batch_size
 KINDS = {"bare": (1, "ddp"), "ddp": (2, "ddp"), "fsdp2": (2, "fsdp2"), "ray": (2, "ddp")}  # workers, strategy
@@ -204,7 +204,7 @@ class Killer:
 
 
 def by_ray(home: Path, count: int, rng: random.Random) -> dict[str, Any]:
-    from raphael.train.ray_trainer import Cluster, fit
+    from raphael.train.distributed.ray_trainer import Cluster, fit
 
     (home / "whole").mkdir(parents=True)
     finish(home / "whole", "ddp", "only")  # two processes without Ray: the truth

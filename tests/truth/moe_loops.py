@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from raphael.net.moe import SpaceMoE, TimeMoE
+from raphael.net.moe.mixtures import SpaceMoE, TimeMoE
 
 
 def gelu(x: Tensor) -> Tensor:

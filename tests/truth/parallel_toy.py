@@ -16,14 +16,16 @@ from torch.utils.checkpoint import checkpoint
 from truth.tiny_raphael import ROOT, small_unet
 from truth.toy_training import LOOP, ToyData
 
-from raphael.config import LoopConfig, ParallelConfig, load_config
-from raphael.diffusion.denoiser import TextCondition
-from raphael.net.unet import UNet
+from raphael.base.config.params import LoopConfig, ParallelConfig, load_config
+from raphael.base.config.preset import load_preset
+from raphael.base.records import EDGES, MOMENTS, TOKEN_IDS
+from raphael.diffusion.sampling import Parts, Sampling, generate_latents
+from raphael.net.condition import Condition
+from raphael.net.moe.unet import RaphaelUNet
 from raphael.objectives.denoising import DenoisingObjective, LatentScale
-from raphael.preset import load_preset
-from raphael.records import EDGES, MOMENTS, TOKEN_IDS
-from raphael.sampling import Parts, Sampling, draw_latents
-from raphael.train.world import PLAIN
+from raphael.train.distributed import parallel as parallel_module
+from raphael.train.distributed.parallel import EXCHANGED
+from raphael.train.distributed.world import PLAIN
 
 SHORT = replace(LOOP, num_images=80, log_every_images=40, checkpoint_every_images=40, sample_every_images=40)
 MUON = replace(SHORT, optimizer="muon")
@@ -31,6 +33,9 @@ MUON = replace(SHORT, optimizer="muon")
 RUNS = {
     "ddp": (SHORT, PLAIN),
     "ddp-passes": (SHORT, replace(PLAIN, micro_batch=3)),
+    "ddp-torch": (SHORT, PLAIN),  # torch's DistributedDataParallel, as on GPUs
+    "ddp-torch-passes": (SHORT, replace(PLAIN, micro_batch=3)),
+    "ddp-muon": (MUON, PLAIN),
     "fsdp2": (SHORT, replace(PLAIN, strategy="fsdp2")),
     "fsdp2-passes": (SHORT, replace(PLAIN, strategy="fsdp2", micro_batch=1)),
     "fsdp2-recomputed": (SHORT, replace(PLAIN, strategy="fsdp2", checkpoint_activations="blocks")),
@@ -120,16 +125,16 @@ class LatentData:
 def denoising() -> DenoisingObjective:
     """RAPHAEL's own objective at the smallest size, whose texts are rows of a random table."""
     torch.manual_seed(0)
-    unet = UNet(small_unet()).to(memory_format=torch.channels_last)
+    unet = RaphaelUNet(small_unet()).to(memory_format=torch.channels_last)
     with torch.no_grad():
         for parameter in unet.parameters():
             if not parameter.any():
                 parameter.normal_(std=0.05)
     table = torch.randn(9, 32)
-    config = load_config(ROOT / "params.yaml").train
+    config = load_config(ROOT / "params.yaml").training()
 
     def encode(token_ids):
-        return TextCondition(table[token_ids], token_ids > 1)
+        return Condition(table[token_ids], token_ids > 1)
 
     diffusion = load_preset("tiny").diffusion
     return DenoisingObjective(unet, encode, torch.zeros(16), diffusion, config, LatentScale(1.0))
@@ -146,12 +151,12 @@ def run_denoising(folder: Path, parallel: ParallelConfig, world_size: int = 1, r
 
     def encode(texts):
         context = torch.linspace(-1, 1, 2 * 16 * 32).view(2, 16, 32)
-        return TextCondition(context[[len(text) for text in texts]], torch.ones(len(texts), 16, dtype=torch.bool))
+        return Condition(context[[len(text) for text in texts]], torch.ones(len(texts), 16, dtype=torch.bool))
 
     parts = Parts(objective.unet, objective.schedule, objective.prediction, encode, torch.nn.Identity(), (4, 8, 8))
 
     def draw(images, weights):
-        drawn[images] = draw_latents(parts, ["", "a"], [(0, 0), (0, 1)], Sampling(steps=3)).clone()
+        drawn[images] = generate_latents(parts, ["", "a"], [(0, 0), (0, 1)], Sampling(steps=3)).clone()
 
     result = train(
         objective, LatentData(), loop, 7, folder=folder, world=World(rank, world_size, "cpu", parallel),
@@ -161,10 +166,12 @@ def run_denoising(folder: Path, parallel: ParallelConfig, world_size: int = 1, r
 
 
 def run(name: str, folder: Path, loop: LoopConfig | None = None, world_size: int = 1, rank: int = 0, die_at: int = 0):
-    """Train one of RUNS to the end. Returns (objective, what the loop returned, {images: a picture})."""
+    """Train one of RUNS to the end. Returns (objective, what the loop returned, {images: an image})."""
     from raphael.train.loop import Hooks, World, train
 
     settings, parallel = RUNS[name]
+    if name.startswith("ddp-torch"):
+        parallel_module.EXCHANGED = ()
     objective = BlockObjective(seed=rank)  # only rank 0's weights may count
     pictures = {}
 
@@ -180,6 +187,7 @@ def run(name: str, folder: Path, loop: LoopConfig | None = None, world_size: int
         objective, ToyData(), loop or settings, 7, folder=folder, world=World(rank, world_size, "cpu", parallel),
         hooks=Hooks(on_sample=draw, progress=progress, say=lambda _: None),
     )  # fmt: skip
+    parallel_module.EXCHANGED = EXCHANGED
     return objective, result, pictures
 
 

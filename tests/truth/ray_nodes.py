@@ -19,14 +19,14 @@ from typing import Any
 import psutil
 from truth.toy_training import LOOP, ToyData, ToyObjective
 
-from raphael.ray_cluster import MARK, end_processes, free_ports, token
+from raphael.base.ray_cluster import MARK, end_processes, free_ports, token
 
 ROOT = Path(__file__).resolve().parents[2]
 UP_S = 240.0
 ALONE = ("RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")  # what a Ray of one machine may have left in ours
 START = """
 import os, sys, threading, time
-from raphael.ray_cluster import _patience
+from raphael.base.ray_cluster import _patience
 
 def leave_with(parent):
     while os.getppid() == parent:

@@ -42,7 +42,7 @@ def _die_once(marker: Path, calls: int) -> None:
 
 
 def main(folder: str, pause_s: float = 1.0) -> None:
-    from raphael.train.ray_trainer import Cluster, fit
+    from raphael.train.distributed.ray_trainer import Cluster, fit
 
     fit(work, {"folder": folder, "pause_s": pause_s}, Cluster(2, False, "toy", Path(folder) / "ray"))
 

@@ -20,7 +20,7 @@ import torch
 from truth.parallel_toy import BlockObjective
 from truth.toy_training import LOOP, ToyData
 
-from raphael.train.world import PLAIN
+from raphael.train.distributed.world import PLAIN
 
 RELAY = replace(  # a batch that 1, 2 and 3 workers can share
     LOOP, num_images=240, batch_size=12, log_every_images=24, checkpoint_every_images=24, sample_every_images=0

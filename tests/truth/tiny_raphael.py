@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from raphael.config import AutoencoderConfig, ClipConfig, load_config
-from raphael.preset import UNetConfig, load_preset
-from raphael.strict import to_dict
+from raphael.base.config.params import AutoencoderConfig, ClipConfig, load_config
+from raphael.base.config.preset import RaphaelUNetConfig, load_preset
+from raphael.base.strict import to_dict
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def small_unet() -> UNetConfig:
+def small_unet() -> RaphaelUNetConfig:
     preset = load_preset(str(ROOT / "raphael/presets/tiny.yaml")).unet
     return replace(
         preset,
@@ -28,17 +28,17 @@ def small_unet() -> UNetConfig:
 
 
 def write_pipeline(folder: Path, seed: int = 0) -> Path:
-    """Write a pipeline folder for 32 x 32 px pictures (latents 4 x 8 x 8). Every weight is random, none is zero."""
+    """Write a pipeline folder for 32 x 32 px images (latents 4 x 8 x 8). Every weight is random, none is zero."""
     import torch
 
-    from raphael.checkpoint import write_checkpoint
+    from raphael.base.checkpoint.folder import write_checkpoint
     from raphael.encoders.autoencoder import build_autoencoder
     from raphael.encoders.clip import build_clip, save_clip
-    from raphael.net.unet import UNet
+    from raphael.net.moe.unet import RaphaelUNet
 
     torch.manual_seed(seed)
     config = load_config(ROOT / "params.yaml")
-    unet = UNet(small_unet())
+    unet = RaphaelUNet(small_unet())
     with torch.no_grad():
         for parameter in unet.parameters():
             if not parameter.any():

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from raphael.config import LoopConfig
+from raphael.base.config.params import LoopConfig
 
 LOOP = LoopConfig(
     num_images=480, batch_size=8, optimizer="adamw", learning_rate=3e-3, warmup_images=40, schedule="cosine",

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from raphael.config import Config, load_config
-from raphael.preset import load_preset
-from raphael.records import EDGES, MOMENTS, TOKEN_IDS, RecordWriter
-from raphael.stage import write_json
-from raphael.strict import to_dict
+from raphael.base.config.params import Config, load_config
+from raphael.base.config.preset import load_preset
+from raphael.base.records import EDGES, MOMENTS, TOKEN_IDS, RecordWriter
+from raphael.base.stage import write_json
+from raphael.base.strict import to_dict
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNT = 40
@@ -19,7 +19,8 @@ COUNT = 40
 
 def merge(settings: dict, changes: dict) -> dict:
     changed = {
-        name: merge(settings[name], value) if isinstance(value, dict) else value for name, value in changes.items()
+        name: merge(settings.get(name, {}), value) if isinstance(value, dict) else value
+        for name, value in changes.items()
     }
     return {**settings, **changed}
 

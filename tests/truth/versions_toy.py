@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from raphael.stage import StageError
-from raphael.train.versions import check_versions
-from raphael.train.world import World
+from raphael.base.stage import StageError
+from raphael.train.distributed.versions import check_versions
+from raphael.train.distributed.world import World
 
 
 def rank_of_two(folder: Path, rank: int) -> None:

@@ -1,0 +1,1 @@
+"""Stage `autoencoder`: the KL autoencoder, trained here or loaded."""

@@ -1,0 +1,1 @@
+"""Stage `clip`: the text encoder and scoring CLIP, trained here or loaded."""

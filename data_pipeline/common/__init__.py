@@ -1,0 +1,1 @@
+"""What several stages share. What has one user lives with that user."""

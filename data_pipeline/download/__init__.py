@@ -1,0 +1,1 @@
+"""Stage `download`: links to webdataset shards, by img2dataset behind the gateway."""

@@ -1,0 +1,1 @@
+"""Stage `encode`: latents, token ids and edge maps of every image."""

@@ -1,0 +1,1 @@
+"""Stage `filter`: aesthetic score, watermark, size, unsafe, duplicates."""

@@ -1,0 +1,1 @@
+"""Stage `score`: scores that the list lacks, computed from the images."""

@@ -1,0 +1,1 @@
+"""Stage `select`: rows that are worth a request."""

@@ -1,0 +1,1 @@
+"""Stage `source`: the list of links, as LAION publishes it, and the held-out prompts."""

@@ -1,0 +1,1 @@
+"""Commands over the data beside the stages: the data card, forgetting, the watermark detector."""

@@ -1,0 +1,1 @@
+"""Ablations: arms and seeds of a plan, trained and compared."""

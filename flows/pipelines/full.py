@@ -1,0 +1,18 @@
+"""raphael/full: from links to the report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from flows.pipelines.stages import FLOW, run_stages
+from raphael.base.pipeline import stages_of
+
+STAGES = stages_of("full")
+
+
+@flow(name=FLOW, flow_run_name="full")
+def full(overrides: dict[str, Any] | None = None) -> dict[str, str]:
+    """overrides: settings to change in params.yaml first, as {"generate.seed": 1}."""
+    return run_stages(STAGES, overrides)

@@ -1,0 +1,1 @@
+"""Servers and deployments: `make up`, `make down`."""

@@ -1,0 +1,1 @@
+"""Sweeps: settings of sampling and evaluation tried on trained models."""

@@ -1,0 +1,1 @@
+"""What code a stage uses, and the version number that stands for it."""

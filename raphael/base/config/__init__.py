@@ -1,0 +1,1 @@
+"""params.yaml and presets as strict, frozen dataclasses."""

@@ -1,0 +1,1 @@
+"""The cores of this machine: how threads wait, and work dealt out to processes."""

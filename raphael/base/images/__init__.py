@@ -1,0 +1,1 @@
+"""Images: fitted to a size, laid out as a grid."""

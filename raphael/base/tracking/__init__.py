@@ -1,0 +1,1 @@
+"""MLflow, behind two small classes; the only place that imports it."""

@@ -1,0 +1,1 @@
+"""What stands before every page and API of ours, whoever serves it."""

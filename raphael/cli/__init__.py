@@ -1,0 +1,1 @@
+"""The command `raphael`, one file a sub-command."""

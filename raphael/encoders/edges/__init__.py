@@ -1,0 +1,1 @@
+"""Edge detectors: classical ones, and PiDiNet."""

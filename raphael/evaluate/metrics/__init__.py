@@ -1,0 +1,1 @@
+"""Metrics as functions of features, and their intervals."""

@@ -1,0 +1,1 @@
+"""How a number is measured, so that two numbers of one name can be compared."""

@@ -1,0 +1,1 @@
+"""The truth of drawn scenes, read back from pixels."""

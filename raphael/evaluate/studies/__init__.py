@@ -1,0 +1,1 @@
+"""Studies beside the report: compared runs, paths of words, preferences of people."""

@@ -1,0 +1,101 @@
+"""Inputs that a U-Net gains: a vector, a picture beside x, a level of augmentation. They begin at zero.
+
+GLIDE's rule for inpainting (arXiv 2112.10741, section 2.2): the new columns are zero, so that a trained network
+computes at first what it computed before, whatever the new input shows. A convolution of joined channels is the sum of
+two; the picture's is kept apart, because a kernel of more channels may sum in another order: bits stay this way.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from raphael.base.config.unet import UNetConfig
+from raphael.net.condition import Condition
+from raphael.net.layers import sinusoidal_embedding
+
+NAMES = ("picture_in.", "vector_in.", "level_in.")  # of their parameters, in a U-Net's state
+
+
+def zeroed(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class LevelEmbedding(nn.Module):
+    """Sinusoids of the level, in timesteps, then two linear layers, the last of them zero at the start."""
+
+    def __init__(self, channels: int, dim: int):
+        super().__init__()
+        self.channels = channels
+        self.net = nn.Sequential(nn.Linear(channels, dim), nn.SiLU(), zeroed(nn.Linear(dim, dim)))
+
+    def forward(self, level: Tensor) -> Tensor:  # (B,) -> (B, dim)
+        return self.net(sinusoidal_embedding(level, self.channels).to(self.net[0].weight.dtype))
+
+
+def known_picture(x0: Tensor, known: Tensor) -> Tensor:
+    """An inpainting network's picture (B, 1 + C, h, w): `known` (B, 1, h, w), 0 or 1, and x_0 (B, C, h, w) where 1.
+
+    All 0 where nothing is known: to columns without a bias that is no picture.
+    """
+    return torch.cat([known.to(x0), x0 * known.to(x0)], dim=1)
+
+
+def check_inputs(config: UNetConfig, x: Tensor, condition: Condition) -> None:
+    """Raises ValueError where the condition tells what the network does not read, or not what it needs, or in another
+    shape. A vector and a level may be missing: that is the vector 0, and nothing told of the level; an inpainting
+    network's picture, too: nothing is known. Tokens may be of several contexts, one behind another."""
+    may_miss = ("vector", "level", "picture") if config.inpainting else ("vector", "level")
+    length = config.context_length
+    if condition.tokens is not None and length:
+        length *= max(1, condition.tokens.shape[1] // length)
+    asked = {
+        "tokens": (config.context_dim, (length, config.context_dim), "context_dim"),
+        "vector": (config.vector_dim, (config.vector_dim,), "vector_dim"),
+        "picture": (config.picture_channels, (config.picture_channels, *x.shape[2:]), "picture_channels"),
+        "level": (config.level_embedding, (), "level_embedding"),
+    }
+    for name, (wanted, shape, setting) in asked.items():
+        tensor = getattr(condition, name)
+        if tensor is None and (not wanted or name in may_miss):
+            continue
+        want = f"(B, {', '.join(map(str, shape))}) with B {len(x)}, as x has" if shape else f"(B,) = ({len(x)},)"
+        if tensor is None:
+            raise ValueError(f"{name}: got none, expected {want}: the network has {setting} {wanted}")
+        if not wanted:
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected none: the network has no {setting}")
+        if tuple(tensor.shape) != (len(x), *shape):
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {want}")
+
+
+def check_control(control: tuple[Tensor, ...], shapes: list[tuple[int, int, int]], batch_size: int) -> None:
+    """Raises ValueError unless there is one residual for each of `shapes` (C, h, w)."""
+    got, want = [tuple(residual.shape) for residual in control], [(batch_size, *shape) for shape in shapes]
+    if len(got) != len(want):
+        raise ValueError(f"control: got {len(got)} residuals, expected {len(want)}: each skip's, then the middle's")
+    for number, (one, other) in enumerate(zip(got, want, strict=True)):
+        if one != other:
+            raise ValueError(f"control[{number}]: got shape {one}, expected {other}")
+
+
+def widened(network: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a checkpoint, for a `network` that has inputs which the checkpoint has not, or wider ones.
+
+    Added are the network's own tensors of those inputs, which must be as they begin; columns that are missing are
+    zero. Everything else is left as it is, so that what does not fit is still seen by whoever loads.
+    """
+    found = dict(tensors)
+    for name, own in network.state_dict().items():
+        if not name.startswith(NAMES):
+            continue
+        if name not in tensors:
+            found[name] = own.detach().clone()
+            continue
+        columns = own.shape[1] - tensors[name].shape[1] if own.dim() > 1 else 0
+        if columns > 0:
+            missing = tensors[name].new_zeros(own.shape[0], columns, *own.shape[2:])
+            found[name] = torch.cat([tensors[name], missing], dim=1)
+    return found

@@ -1,0 +1,62 @@
+"""The loss of a plain diffusion model (DDPM, arXiv 2006.11239, eq. 14): the mean square of its network's error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raphael.base.randomness import SampleRng
+from raphael.diffusion.prediction import Prediction, training_pair
+from raphael.diffusion.schedule import Noise
+from raphael.net.condition import Condition
+from raphael.net.latents import moments_of, sample_latents
+from raphael.objectives.timesteps import by_quarter, shifted
+
+Told = Callable[[Mapping[str, Tensor], Tensor | None], Condition]
+
+
+class PlainDenoising(nn.Module):
+    """unet: a network of (x, t, Condition) with `.prediction`. told(batch, dropped): what it is told of a batch, with
+    dropped (B,) bool the samples that it is told nothing of, for classifier-free guidance; None: none. drop: their
+    share. shift: where in time it is trained (`shifted`), 1: uniformly. Latents are the records' means, unscaled:
+    pixels in [-1, 1] where there is no autoencoder.
+    """
+
+    def __init__(
+        self, unet: nn.Module, noise: Noise, prediction: Prediction, told: Told, drop: float = 0.0, shift: float = 1.0
+    ):
+        super().__init__()
+        self.unet, self.schedule, self.prediction = unet, noise, prediction
+        self.told, self.drop, self.shift = told, drop, shift
+
+    def forward(self, batch: dict[str, Tensor], rng: SampleRng) -> dict[str, Tensor]:
+        """batch: pixels (B, 3, H, W) uint8 or moments, and what `told` reads.
+
+        Returns "loss", "denoise" (the same) and, detached, "denoise_t": the error in each quarter of the timesteps.
+        """
+        x0 = self._x0(batch)
+        t = self.schedule.timesteps(shifted(rng.uniform("timestep"), self.shift)).to(x0.device)
+        noise = rng.normal("noise", tuple(x0.shape[1:])).to(x0.device)
+        dropped = (rng.uniform("condition_drop") < self.drop).to(x0.device)
+        given, target = training_pair(self.prediction, self.schedule, x0, noise, t)
+        predicted = self.unet(given, t, self.told(batch, dropped)).prediction.float()
+        loss = F.mse_loss(predicted, target)
+        quarters = by_quarter(predicted, target, t, self.schedule.num_steps)
+        return {"loss": loss, "denoise": loss.detach(), **quarters}
+
+    @torch.no_grad()
+    def heldout(self, batch: dict[str, Tensor], rng: SampleRng, place: Tensor) -> Tensor:
+        """(B,) mean square error of each sample at the timestep of `place`, (B,) in [0, 1). Nothing is dropped."""
+        x0 = self._x0(batch)
+        t = self.schedule.timesteps(place).to(x0.device)
+        noise = rng.normal("noise", tuple(x0.shape[1:])).to(x0.device)
+        given, target = training_pair(self.prediction, self.schedule, x0, noise, t)
+        predicted = self.unet(given, t, self.told(batch, None)).prediction.float()
+        return (predicted - target).square().flatten(1).mean(1)
+
+    @staticmethod
+    def _x0(batch: Mapping[str, Tensor]) -> Tensor:
+        return sample_latents(moments_of(batch), 1.0, 0.0, None)

@@ -1,0 +1,1 @@
+"""Trained models over HTTP: an API, and the page that uses it."""

@@ -1,0 +1,106 @@
+"""What is known of a model without the model itself: all that a request is checked by before it is queued."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
+
+from raphael.base.config.sampling import SamplerName, Sampling
+from raphael.serve.bodies import SamplingBody
+from raphael.serve.door.problems import Problem, of_value_error
+
+SAMPLING_FIELDS = {  # of a body -> of Sampling
+    "num_inference_steps": "steps",
+    **{name: name for name in ("guidance_scale", "sampler", "eta", "guidance_rescale", "guidance_interval")},
+    **{name: name for name in ("variance", "threshold", "threshold_percentile")},
+}
+
+
+def told_sampling(how: Sampling) -> dict[str, Any]:
+    """How was sampled, by the names of a body: sent again, it gives the same."""
+    return {name: _listed(getattr(how, own)) for name, own in SAMPLING_FIELDS.items()}
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is told of a model, and all that a request can be checked by without it. size: (height, width) px."""
+
+    id: str
+    system: str
+    identity: str
+    size: tuple[int, int]
+    multiple_px: int
+    max_px: int
+    defaults: Sampling
+    edits: tuple[str, ...]
+    inside: bool
+    labels: tuple[str, ...] | None = None
+    context_tokens: int | None = None
+    examples: tuple[dict[str, Any], ...] = ()
+    parameters: int = 0
+
+    def told(self, default: str) -> dict[str, Any]:
+        """An entry of /v1/models; object, owned_by: what OpenAI's clients look for."""
+        return {
+            "id": self.id,
+            "object": "model",
+            "owned_by": "raphael",
+            "default": self.id == default,
+            "samplers": list(get_args(SamplerName)),
+            "defaults": told_sampling(self.defaults),
+            **{name: getattr(self, name) for name in ("system", "identity", "multiple_px", "max_px", "inside")},
+            **{name: getattr(self, name) for name in ("context_tokens", "parameters")},
+            "size": list(self.size),
+            "edits": list(self.edits),
+            "labels": None if self.labels is None else list(self.labels),
+            "examples": list(self.examples),
+        }
+
+    def sampling(self, body: SamplingBody) -> Sampling:
+        """What was asked for, over the model's own. Raises Problem for options that contradict each other."""
+        asked = {own: getattr(body, name) for name, own in SAMPLING_FIELDS.items() if getattr(body, name) is not None}
+        if interval := asked.get("guidance_interval"):
+            asked["guidance_interval"] = tuple(interval)
+        try:
+            return replace(self.defaults, **asked)
+        except ValueError as error:
+            raise of_value_error(error, type(body).model_fields) from None
+
+    def check(self, body: SamplingBody) -> None:
+        """Raises Problem that names the field which does not fit this model."""
+        self.sampling(body)
+        for name in ("width", "height"):
+            side = getattr(body, name, None)
+            if side is not None and (side % self.multiple_px or not self.multiple_px <= side <= self.max_px):
+                expected = f"a multiple of {self.multiple_px} up to {self.max_px}"
+                raise Problem(422, f"{name}: got {side} px, expected {expected}", name)
+        if self.labels is not None and body.prompt not in ("", *self.labels):
+            known = ", ".join(self.labels) or "nothing: this model is unconditional"
+            raise Problem(422, f"prompt: this model knows {known}", "prompt", list(self.labels))
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """The models of a server by id; the first is the default."""
+
+    infos: tuple[ModelInfo, ...]
+    by_id: dict[str, ModelInfo] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "by_id", {info.id: info for info in self.infos})
+
+    @property
+    def default(self) -> str:
+        return self.infos[0].id
+
+    def find(self, name: str | None) -> ModelInfo:
+        """Raises Problem for an id that is none of a model here."""
+        if name is None:
+            return self.infos[0]
+        if name not in self.by_id:
+            raise Problem(404, "model: no such model here", "model", list(self.by_id))
+        return self.by_id[name]

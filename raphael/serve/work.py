@@ -1,0 +1,153 @@
+"""A job's work: what is asked of a model in memory, and what is told of it. No HTTP and no queue is known here, so that
+a thread and a replica on another machine do it alike."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from raphael.base.config.sampling import Sampling
+from raphael.diffusion.samplers import SAMPLERS
+from raphael.diffusion.sampling import decode_images
+from raphael.edit.run import How
+from raphael.generate.metadata import Made, batch_of, chunk
+from raphael.serve import edits, inside
+from raphael.serve.bodies import ImagesBody, SamplingBody
+from raphael.serve.door.problems import of_value_error
+from raphael.serve.images import b64, data_uri, png
+from raphael.serve.info import told_sampling
+
+if TYPE_CHECKING:
+    from raphael.serve.models import Served
+
+IMAGES, INSIDE, EDIT = "images", "inside", "edits/"
+
+
+class Stopped(Exception):  # noqa: N818  no error: somebody cancelled the job
+    """Raised by a Watch where its job is not wanted any more."""
+
+
+class Watch(Protocol):
+    """Whom work tells how far it is. Any call may raise Stopped or Problem, which ends the work."""
+
+    def evaluation(self) -> None:
+        """The network is about to be asked once more."""
+
+    def step(self, done: int, sigma: float | None, previews: Callable[[], list[str]]) -> None:
+        """So many steps are done. previews: the estimate of each image as a data URI; costs a decoding if called."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """kind: "images", "inside" or "edits/<kind>". body: checked, with a model and a seed. images: its uploads, decoded,
+    which the body holds no more. watched: whether somebody may look on; from afar it cannot be known step by step."""
+
+    kind: str
+    model: str
+    body: SamplingBody
+    images: dict[str, Any] = field(default_factory=dict)
+    watched: bool = False
+
+    def steps(self, how: Sampling) -> int:
+        """How many steps it will tell of: of images their own, of what else is drawn the network's evaluations."""
+        if self.kind == IMAGES:
+            return how.steps
+        evaluations = SAMPLERS[how.sampler].evaluations
+        if self.kind == INSIDE:
+            return evaluations(how.steps)
+        kind = edits.KINDS[self.kind.removeprefix(EDIT)]
+        return kind.passes(self.body) * evaluations(how.steps) + kind.more(
+            self.body, how.steps, evaluations(2) - evaluations(1)
+        )
+
+
+def perform(served: Served, task: Task, watch: Watch) -> dict[str, Any]:
+    """The answer's JSON without the id. Raises Problem for what the model refuses, and what the watch raises."""
+    started_s = time.perf_counter()
+    act = {IMAGES: _generate, INSIDE: _inspect}.get(task.kind, _edit)
+    try:
+        with _attended(served.pipeline.unet, watch, tell=task.kind != IMAGES):
+            answer = act(served, task, watch)
+    except ValueError as error:  # ConfigError, too
+        raise of_value_error(error, type(task.body).model_fields) from None
+    seconds = {"generate": round(time.perf_counter() - started_s, 4)}
+    return {"model": task.model, **answer, "settings": _settings(served, task), "seconds": seconds}
+
+
+def _generate(served: Served, task: Task, watch: Watch) -> dict[str, Any]:
+    """Images as `raphael generate` makes them, to the byte: one batch, PNGs that say how they were made."""
+    pipeline, body, how = served.pipeline, task.body, served.info.sampling(task.body)
+    assert isinstance(body, ImagesBody)
+    parts = pipeline.parts(body.height, body.width)
+
+    def callback(step: int, sigma: float, x: torch.Tensor, x0: torch.Tensor) -> None:
+        watch.step(step + 1, sigma, lambda: [data_uri(png(image)) for image in decode_images(parts, x0)])
+
+    images = pipeline(
+        body.prompt,
+        body.negative_prompt or None,
+        num_images_per_prompt=body.n,
+        sampling=how,
+        seed=body.seed,
+        height=body.height,
+        width=body.width,
+        callback=callback,
+    ).images
+    answers = []
+    for index, image in enumerate(images):
+        first, batch = batch_of([body.prompt] * body.n, index, pipeline.batch_size)
+        size = (image.height, image.width)
+        made = Made(pipeline.identity, body.seed, first, index - first, batch, body.negative_prompt, how, size)
+        answers.append({"index": index, "seed": body.seed, "b64_png": b64(png(image, chunk(made)))})
+    return {"images": answers}
+
+
+def _inspect(served: Served, task: Task, watch: Watch) -> dict[str, Any]:
+    body = task.body
+    seen = served.pipeline.inspect(body.prompt, body.seed, served.info.sampling(body), body.negative_prompt)
+    return inside.answer(served.pipeline, seen)
+
+
+def _edit(served: Served, task: Task, watch: Watch) -> dict[str, Any]:
+    kind = task.kind.removeprefix(EDIT)
+    return edits.answer(kind, edits.KINDS[kind].act(served.pipeline, task.body, task.images, _how(served, task)))
+
+
+def _how(served: Served, task: Task) -> How:
+    body = task.body
+    return How(body.seed, body.n, served.info.sampling(body), body.negative_prompt)
+
+
+def _settings(served: Served, task: Task) -> dict[str, Any]:
+    """All that the answer depends on, by the names of a request: sent again, it gives the same bytes."""
+    body = task.body
+    told = body.model_dump(include={"prompt", "negative_prompt", "seed", "n"})
+    if task.kind == IMAGES:
+        height, width = (getattr(body, name) or own for name, own in zip(("height", "width"), served.info.size))
+        told |= {"height": height, "width": width}
+    return {"model": task.model, **told, **told_sampling(served.info.sampling(body))}
+
+
+@contextlib.contextmanager
+def _attended(unet: torch.nn.Module, watch: Watch, tell: bool) -> Iterator[None]:
+    """Inside, the watch is told of every evaluation of the network before it is made: where a job can end early,
+    whatever draws. tell: also as steps, where nothing else tells of them."""
+    done = 0
+
+    def before(*_: Any) -> None:
+        nonlocal done
+        watch.evaluation()
+        if tell:
+            done += 1
+            watch.step(done, None, list)
+
+    handle = unet.register_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,1 @@
+"""Optimizers, learning rate, gradient clipping, EMA of weights."""

@@ -1,0 +1,69 @@
+"""An address in the registry leads to the weights that were registered, or says why it does not."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from truth.tiny_raphael import write_pipeline
+
+from raphael.base.config.params import load_config
+from raphael.base.integrity.contents import seal
+from raphael.base.stage import StageError
+from raphael.base.tracking import tracker as tracking
+from raphael.base.tracking.registered import registered_folder
+from raphael.base.tracking.registry import Judgement, promote, register_model
+
+
+@pytest.fixture(scope="module")
+def workspace(project, tmp_path_factory):
+    """Settings, and a store with one registered model, which is the best."""
+    root = tmp_path_factory.mktemp("registered")
+    shutil.copy(project / "params.yaml", root / "params.yaml")
+    folder = write_pipeline(root / "models" / "raphael")
+    config = load_config(root / "params.yaml")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        run_id = tracking.create_run(config, root, "a")
+        tracker = tracking.MlflowTracker(tracking.resolve_uri(config, root), run_id, tracking.journal_of(root, run_id))
+        sha256 = seal(folder)
+        assert register_model(tracker, "raphael", folder, sha256, {"images_seen": 1}) == "1"
+        promote(tracker, "raphael", sha256, Judgement("p", "m", 0.5, 0.4, 0.6))
+        yield root
+
+
+def test_a_name_with_an_alias_and_one_with_a_version_are_the_folder(workspace):
+    for address in ("models:/raphael@best", "models:/raphael/1"):
+        assert registered_folder(address, workspace / "params.yaml") == workspace / "models" / "raphael"
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("models:/raphael@none", "not in the registry"),
+        ("models:/raphael/7", "not in the registry"),
+        ("models:/nobody@best", "not in the registry"),
+        ("models:/raphael", "expected models:/NAME@ALIAS"),
+        ("models:/../raphael@best", "expected models:/NAME@ALIAS"),
+    ],
+)
+def test_what_is_not_there_is_one_line(workspace, address, words):
+    with pytest.raises(StageError, match=words) as error:
+        registered_folder(address, workspace / "params.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_holds_another_model_by_now_is_refused(workspace, project, tmp_path):
+    folder = workspace / "models" / "raphael"
+    kept = tmp_path / "kept"
+    shutil.move(folder, kept)
+    with pytest.raises(StageError, match="where no checkpoint is"):
+        registered_folder("models:/raphael@best", workspace / "params.yaml")
+    write_pipeline(folder, seed=1)
+    with pytest.raises(StageError, match="holds .* by now, expected"):
+        registered_folder("models:/raphael@best", workspace / "params.yaml")
+    shutil.rmtree(folder)
+    shutil.move(kept, folder)
+    shutil.copy(project / "params.yaml", tmp_path / "params.yaml")
+    with pytest.raises(StageError, match="no tracking store"):
+        registered_folder("models:/raphael@best", tmp_path / "params.yaml")

@@ -1,0 +1,1 @@
+"""A system for tests: two small trainings, the second of which needs the first."""
