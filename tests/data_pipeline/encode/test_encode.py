@@ -115,7 +115,7 @@ def test_a_learned_edge_detector_is_named_with_its_weights_and_a_changed_file_is
         digests = []
         for size in ("-tiny", ""):
             weights.write_bytes((shared_data / f"weights/pidinet/table5_pidinet{size}.pth").read_bytes())
-            edges._network.cache_clear()  # a stage is a process of its own
+            edges._loaded.cache_clear()  # a stage is a process of its own
             run(encode, "encode", trained, monkeypatch)
             records = Records(trained / "data/records")
             assert (
