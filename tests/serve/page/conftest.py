@@ -19,9 +19,8 @@ CONTEXT = {"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce
 WAIT_MS = 20000  # on a machine that does much else; nothing waits for it where all is well
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def chromium() -> Iterator[Any]:
-    """One browser for this folder's tests, no longer: while Playwright runs, this thread has a running event loop."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright (make browser): the page is not driven")
     path = next(filter(None, map(shutil.which, NAMES)), None)
     if path is None:
