@@ -95,9 +95,9 @@ def test_the_box_of_every_size_of_image_lies_in_it_at_the_nine_buckets_and_moved
                 left, top, right, bottom = box_of((wide, tall), height, width)
                 assert 0 <= left < right <= wide and 0 <= top < bottom <= tall, (tall, wide, height, width)
                 assert left == max(0, plain[0]) and top == max(0, plain[1])
-                exact = max(Fraction(width, wide), Fraction(height, tall))
-                assert abs((right - left) - float(width / exact)) < 1e-9
-                assert abs((bottom - top) - float(height / exact)) < 1e-9
+                fills = width * tall >= height * wide  # the whole width, or the whole height
+                whole = (wide, height * wide / width) if fills else (width * tall / height, tall)
+                assert abs((right - left) - whole[0]) < 1e-9 and abs((bottom - top) - whole[1]) < 1e-9
     assert outside > 100  # sizes that the clamp is for
 
 
