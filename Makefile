@@ -39,10 +39,10 @@ $(WHEN_DONE):
 	@./.ci/find-python >/dev/null
 	test -x $(BIN)/python || "$$(./.ci/find-python)" -m venv $(VENV)
 	awk '/^[^ ]/{on = /^uv==/} on' requirements.lock > $(VENV)/uv.lock
-	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement $(VENV)/uv.lock
+	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement $(VENV)/uv.lock
 	$(BIN)/uv pip sync --python $(BIN)/python --require-hashes $(COMPILE) requirements.lock
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
-	$(BIN)/uv pip uninstall --quiet --python $(BIN)/python pip  # as old as this Python, and nobody needs it from here on
+	$(BIN)/uv pip uninstall --quiet --python $(BIN)/python pip 2>/dev/null  # as old as this Python, and nobody needs it from here on
 	install -d -m 700 .run
 	dvc config --local core.site_cache_dir $(CURDIR)/.run/dvc
 	@rm -f $(VENV)/.ready-* && touch $@
@@ -88,8 +88,9 @@ down:  ## stop exactly what `make up` started
 	@test ! -x $(BIN)/python || python -m flows.serve down
 
 .PHONY: test
-test: setup  ## the tests (without those marked slow or gpu)
-	@pytest -m "not slow and not gpu and not soak"
+JOBS ?= 2
+test: setup  ## the tests (without those marked slow or gpu), in two processes (JOBS=2); JOBS=0: in one
+	@pytest -m "not slow and not gpu and not soak" --numprocesses "$(JOBS)" --dist loadgroup
 
 .PHONY: test-all
 test-all: setup  ## every test that this machine can run
