@@ -239,13 +239,19 @@ class JobWatch:
 
     def step(self, done: int, sigma: float | None, previews: Callable[[], list[str]]) -> None:
         self.evaluation()
-        shown = previews() if self.job.watchers else []
+        if not self.job.watchers:  # waking the loop's thread costs this one its turn: once a step, 15 times an image
+            self._told(done, sigma, [])
+            return
+        shown = previews()
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server stops
             self.loop.call_soon_threadsafe(self._stepped, done, sigma, shown)
 
     def _stepped(self, done: int, sigma: float | None, shown: list[str]) -> None:
         if self.job.state == RUNNING:
-            # at infinite sigma, where some schedules begin, JSON has no number
-            self.job.step, self.job.previews = min(done, self.job.steps), shown
-            self.job.sigma = sigma if sigma is not None and sigma < float("inf") else None
+            self._told(done, sigma, shown)
             self.job.touch()
+
+    def _told(self, done: int, sigma: float | None, shown: list[str]) -> None:
+        self.job.step, self.job.previews = min(done, self.job.steps), shown
+        # at infinite sigma, where some schedules begin, JSON has no number
+        self.job.sigma = sigma if sigma is not None and sigma < float("inf") else None
