@@ -90,7 +90,7 @@ down:  ## stop exactly what `make up` started
 .PHONY: test
 JOBS ?= 2
 test: setup  ## the tests (without those marked slow or gpu), in two processes (JOBS=2); JOBS=0: in one
-	@pytest -m "not slow and not gpu and not soak" --numprocesses "$(JOBS)" --dist loadgroup
+	@pytest -m "not slow and not gpu and not soak" --numprocesses "$(JOBS)" --dist loadfile --no-loadscope-reorder
 
 .PHONY: test-all
 test-all: setup  ## every test that this machine can run

@@ -6,6 +6,7 @@ Reads "step" or "sample"; answers with one line of JSON, the seconds and what wa
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+Work = Callable[[], tuple[float, float]]  # (seconds, a number of what was computed)
 HOUSE = Path("raphael/base").is_dir()  # before it, modules lay flat
 BATCH, TOKENS, STEPS, GUIDANCE = 16, 32, 15, 4.0
 LOSS = {
@@ -42,27 +44,31 @@ def settings() -> Any:
     return replace(whole.train, **LOSS)
 
 
-def sides() -> dict[str, Callable[[], tuple[float, float]]]:
-    """By name, a call that gives (seconds, a number of what was computed)."""
-    preset = of("raphael.base.config.preset.load_preset", "raphael.preset.load_preset")("tiny")
+def network(preset: Any) -> Any:
+    """The same weights on both sides."""
     torch.manual_seed(0)
     unet = of("raphael.net.moe.unet.RaphaelUNet", "raphael.net.unet.UNet")(preset.unet)
     for parameter in unet.parameters():  # what begins at zero would hide half of the work from the comparison of bits
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
-    unet.to(memory_format=torch.channels_last)
+    return unet.to(memory_format=torch.channels_last)
+
+
+def text_encoder(width: int) -> Callable[[torch.Tensor], Any]:
+    """Token ids -> a condition: rows of a table."""
     condition = of("raphael.net.condition.Condition", "raphael.diffusion.denoiser.TextCondition")
-    width, channels = preset.unet.context_dim, preset.unet.latent_channels
-    table = torch.randn(1000, width)
+    table = torch.randn(1000, width, generator=torch.Generator().manual_seed(1))
+    return lambda ids: condition(table[ids], ids > 0)
 
-    def encode(ids: torch.Tensor) -> Any:
-        return condition(table[ids], ids > 0)
 
+def stepping(preset: Any) -> Work:
+    """A training step."""
+    unet, channels = network(preset), preset.unet.latent_channels
     objective_of = of(
         "raphael.objectives.denoising.DenoisingObjective", "raphael.objectives.denoising.DenoisingObjective"
     )
     scale = of("raphael.objectives.denoising.LatentScale", "raphael.objectives.denoising.LatentScale")(1.0)
-    empty = torch.ones(TOKENS, dtype=torch.long)
+    encode, empty = text_encoder(preset.unet.context_dim), torch.ones(TOKENS, dtype=torch.long)
     objective = objective_of(unet, encode, empty, preset.diffusion, settings(), scale)
     rng_of = of("raphael.base.randomness.SampleRng", "raphael.randomness.SampleRng")
     autocast = of("raphael.base.precision.autocast", "raphael.precision.autocast")
@@ -73,26 +79,26 @@ def sides() -> dict[str, Callable[[], tuple[float, float]]]:
         "edges": torch.from_numpy(drawn.integers(0, 256, (BATCH, 16, 16)).astype(np.uint8)),
     }
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4)
-    done = 0
+    numbers = itertools.count()
 
     def step() -> tuple[float, float]:
-        nonlocal done
         unet.train()
+        rng = rng_of(0, next(numbers), range(BATCH))
         began_s = time.perf_counter()
         with autocast("auto", "cpu"):
-            losses = objective(batch, rng_of(0, done, range(BATCH)))
+            losses = objective(batch, rng)
         losses["loss"].backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        spent_s = time.perf_counter() - began_s
-        done += 1
-        return spent_s, losses["loss"].item()
+        return time.perf_counter() - began_s, losses["loss"].item()
 
-    frozen = of("raphael.net.moe.unet.RaphaelUNet", "raphael.net.unet.UNet")(preset.unet)
-    frozen.load_state_dict(unet.state_dict())
-    frozen.to(memory_format=torch.channels_last).eval()
-    prediction = preset.diffusion.prediction
+    return step
+
+
+def sampling(preset: Any) -> Work:
+    """A batch of images' latents."""
+    prediction, encode = preset.diffusion.prediction, text_encoder(preset.unet.context_dim)
     if HOUSE:
         prediction = of("raphael.diffusion.prediction.prediction_of", "")(preset.diffusion)
     schedule = of("raphael.diffusion.schedule.Schedule", "raphael.diffusion.schedule.Schedule")(preset.diffusion)
@@ -101,7 +107,8 @@ def sides() -> dict[str, Callable[[], tuple[float, float]]]:
         return encode(torch.tensor([[1 + len(text)] * TOKENS for text in prompts]))
 
     parts_of = of("raphael.diffusion.sampling.Parts", "raphael.sampling.Parts")
-    parts = parts_of(frozen, schedule, prediction, texts, lambda x: x, (channels, 16, 16))
+    shape = (preset.unet.latent_channels, 16, 16)
+    parts = parts_of(network(preset).eval(), schedule, prediction, texts, lambda x: x, shape)
     how = of("raphael.diffusion.sampling.Sampling", "raphael.sampling.Sampling")
     draw = of("raphael.diffusion.sampling.generate_latents", "raphael.sampling.draw_latents")
 
@@ -110,12 +117,13 @@ def sides() -> dict[str, Callable[[], tuple[float, float]]]:
         latents = draw(parts, ["a"] * BATCH, [(0, i) for i in range(BATCH)], how("dpmpp_2m", STEPS, GUIDANCE, "auto"))
         return time.perf_counter() - began_s, float(latents.double().abs().sum())
 
-    return {"step": step, "sample": sample}
+    return sample
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    calls = sides()
+    preset = of("raphael.base.config.preset.load_preset", "raphael.preset.load_preset")("tiny")
+    calls = {"step": stepping(preset), "sample": sampling(preset)}
     print("ready", flush=True)
     for line in sys.stdin:
         seconds, value = calls[line.strip()]()

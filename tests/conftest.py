@@ -34,15 +34,3 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no ../shared/data beside the project: tests on photographs and real weights are left out")
     return folder
-
-
-# What starts servers, clusters or whole stages: one after the other, in one of the processes of `make test`
-TOGETHER = ("attacks/", "flows/", "serve/test_replicas.py", "train/distributed/", "test_chain.py", "test_cluster.py")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say which tests stay in one process: those of a file, for their fixtures, and those above."""
-    for item in items:
-        place = item.path.relative_to(PROJECT / "tests").as_posix()
-        item.add_marker(pytest.mark.xdist_group("servers" if place.startswith(TOGETHER) else place))
