@@ -37,14 +37,14 @@ class Probing:
     """
 
     def __init__(self, pipeline: RaphaelPipeline, asked: ProbeSet, seed: int = 0, precision: str = "auto"):
-        self.passes, self.precision, self.device = passes(asked), precision, pipeline.device
+        self.passes, self.precision, self.pipeline = passes(asked), precision, pipeline
         latents = in_place(asked, mean_latents(pipeline, asked.images[asked.rows]))
         self.errors = network_errors(network_of(pipeline), latents, pipeline.encode, seed)
 
     @torch.inference_mode()
     def __call__(self, number: int) -> list[float]:
         """The errors of v of the captions of that pass."""
-        with autocast(self.precision, self.device):
+        with self.pipeline.unet.remembering(), autocast(self.precision, self.pipeline.device):  # a text, five times
             return self.errors(*self.passes[number]).double().tolist()
 
 
