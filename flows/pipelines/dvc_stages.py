@@ -62,9 +62,11 @@ def reproduce(
     stage: str,
     on_text: Callable[[str], None] = lambda text: None,
     on_tick: Callable[[], None] = lambda: None,
+    wait: bool = False,
 ) -> str:
     """Bring one stage up to date by `dvc repro --single-item`; its inputs are taken as they are.
 
+    wait: for another DVC that holds the lock, as one of ours does before and after its stage; else that is an error.
     Returns "ran", "restored" (from DVC's cache of runs) or "up to date". Raises StageError with the stage's own line.
     """
     tail = ""
@@ -79,7 +81,8 @@ def reproduce(
             file.flush()
             on_text(text)
 
-        status = run_group([*DVC, "repro", "--single-item", stage], root, stage_environment(root), heard, on_tick)
+        command = [*DVC, *(["--wait-for-lock"] if wait else []), "repro", "--single-item", stage]
+        status = run_group(command, root, stage_environment(root), heard, on_tick)
     if status:
         raise StageError(what_went_wrong(stage, tail))
     said = log.read_text(encoding="utf-8")

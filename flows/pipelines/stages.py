@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
 from pathlib import Path
 from typing import Any
 
+from flows.pipelines.beside import Beside, next_beside
 from flows.pipelines.dvc_stages import StageEntry, ancestors, out_of_date, read_pipeline, reproduce
 from flows.pipelines.tracked_runs import flow_run_name, one_run_over_all
 from flows.workspace import settings
 from raphael.base.code.stage_code import undeclared
+from raphael.base.cores.threads import available
 from raphael.base.stage import StageError, read_json
 from raphael.base.strict import ConfigError
 
@@ -40,20 +43,34 @@ def run_stages(stages: list[str], overrides: dict[str, Any] | None = None, root:
     for line in undeclared(root, stages, config.model.system):
         _logger().warning("%s", line)
     outcome: dict[str, str] = {}
-    with one_run_over_all(root, flow_run_name(), outcome):
+
+    def look(name: str) -> bool:
+        return name in stale or any(outcome.get(parent) in ("ran", "restored") for parent in needs[name])
+
+    with one_run_over_all(root, flow_run_name(), outcome), contextlib.ExitStack() as running:
+        begun: dict[str, Beside] = {}
         for name in stages:
-            look = name in stale or any(outcome.get(parent) in ("ran", "restored") for parent in needs[name])
-            outcome[name] = _stage_task(pipeline[name])(name, str(root), look)
+            following = next_beside(stages, name, needs) if available() > 1 and name not in begun else None
+            if following and look(name) and look(following):
+                _logger().info("%s: begins beside %s, of which it needs nothing", following, name)
+                begun[following] = Beside(root, following)
+                running.callback(begun[following].end)
+            outcome[name] = _stage_task(pipeline[name], begun)(name, str(root), look(name))
+            begun.pop(name, None)
     publish_summary(root, outcome)
     return outcome
 
 
-def _stage_task(stage: StageEntry) -> Any:
+def _stage_task(stage: StageEntry, begun: dict[str, Beside]) -> Any:
+    """begun: stages that run already, in a thread of their own; no parameters of the task, which Prefect would keep."""
     from prefect import task
     from prefect.cache_policies import NO_CACHE
 
+    def run(name: str, root: str, look: bool) -> str:
+        return _run_stage(name, root, look, begun)
+
     return task(
-        _run_stage,
+        run,
         name=stage.name,
         task_run_name=stage.name,
         cache_policy=NO_CACHE,  # DVC knows whether the files are still there; Prefect does not
@@ -62,14 +79,17 @@ def _stage_task(stage: StageEntry) -> Any:
     )
 
 
-def _run_stage(name: str, root: str, look: bool) -> str:
+def _run_stage(name: str, root: str, look: bool, begun: dict[str, Beside]) -> str:
     """One stage. Runs in the main thread, where Prefect raises its cancellation: `finally` ends the stage's group."""
     logger = _logger()
     if not look:
         logger.info("%s: up to date", name)
         return "up to date"
     progress = _Progress(name, Path(root) / "work" / "progress" / f"{name}.json")
-    result = reproduce(Path(root), name, _Lines(logger), progress.tick)
+    if name in begun:
+        result = begun[name].wait(_Lines(logger), progress.tick)
+    else:
+        result = reproduce(Path(root), name, _Lines(logger), progress.tick, bool(begun))
     progress.end()
     if result != "ran":
         logger.info("%s: %s", name, result)

@@ -90,9 +90,9 @@ def _knockouts(arguments: argparse.Namespace) -> None:
         images = ko.images_of_scenes(pipeline, scenes, arguments.n)
     else:
         images = ko.images_of_records(pipeline, Records(arguments.records), arguments.n)
-    with _bar(ko.passes_of(pipeline.unet), "knock-outs") as bar:
-        settings = {"seed": arguments.seed, "precision": arguments.precision}
-        measured = ko.knockouts(pipeline, images, **settings, advance=bar.update)
+    asked = ko.Knockouts(pipeline, images, seed=arguments.seed, precision=arguments.precision)
+    with _bar(len(asked), "knock-outs") as bar:
+        measured = ko.knockouts(asked, bar.update)
     write_json(arguments.out, {"model": pipeline.identity, **measured})
     print(ko.knockout_table(measured))
     print(f"saved to {arguments.out}")

@@ -58,14 +58,26 @@ METRICS = (  # in the order in which they are measured and told
         "aesthetic", "higher", (CLIP, HEAD), of_prompts.aesthetic, "mean of LAION's aesthetic head",
         r"aesthetic_v\d(_.+)?",
     ),
-    Metric("ceiling", None, (SCENES, TEXT_MODEL), instruments.ceiling, "scenes of true images, drawn and decoded"),
-    Metric("probe", "higher", (SCENES, TEXT_MODEL), instruments.probe, "how often the true caption has the lower loss"),
-    Metric("knockouts", None, (SCENES, TEXT_MODEL), instruments.knockouts, "the loss without one part of the network"),
+    Metric(
+        "ceiling", None, (SCENES, TEXT_MODEL), instruments.ceiling, "scenes of true images, drawn and decoded",
+        pieces=instruments.CEILING,
+    ),
+    Metric(
+        "probe", "higher", (SCENES, TEXT_MODEL), instruments.probe, "how often the true caption has the lower loss",
+        pieces=instruments.PROBE,
+    ),
+    Metric(
+        "knockouts", None, (SCENES, TEXT_MODEL), instruments.knockouts, "the loss without one part of the network",
+        pieces=instruments.KNOCKOUTS,
+    ),
     Metric(
         "timestep_loss", "lower", (SCENES, MODEL), instruments.timestep_loss,
         "denoising loss of drawn held-out scenes, mean over ten timesteps", r"timestep_loss",
     ),
-    Metric("swap", None, (SCENES, TEXT_MODEL), instruments.swap, "whose facts are shown when texts are exchanged"),
+    Metric(
+        "swap", None, (SCENES, TEXT_MODEL), instruments.swap, "whose facts are shown when texts are exchanged",
+        pieces=instruments.SWAP,
+    ),
 )  # fmt: skip
 NAMES = tuple(metric.name for metric in METRICS)
 

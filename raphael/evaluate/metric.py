@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from raphael.evaluate.subject import NEEDS, Subject
+from raphael.evaluate.subject import NEEDS, Pieces, Subject
 
 DIGITS = 6  # of the numbers in reports/evaluate.json
 
@@ -76,7 +76,7 @@ class Found:
 class Metric:
     """better: of its numbers; None where neither way is, or where they are several. needs: of NEEDS. compute gives
     the numbers of a subject that has them. keys: a regular expression of its numbers' names; "": they are told in
-    facts alone. about: what it says, in words."""
+    facts alone. about: what it says, in words. pieces: what compute asks for by subject.computed(name, pieces)."""
 
     name: str
     better: Literal["higher", "lower"] | None
@@ -84,6 +84,7 @@ class Metric:
     compute: Callable[[Subject], Found]
     about: str
     keys: str = ""
+    pieces: Pieces | None = None
 
     def __post_init__(self) -> None:
         if unknown := [need for need in self.needs if need not in NEEDS]:

@@ -3,13 +3,16 @@ from real ones. Writes reports/evaluate.json."""
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 from pathlib import Path
 from typing import Any
 
 from raphael.base.config.params import Config
 from raphael.base.config.systems import system_of
-from raphael.base.images.fit import read_image
-from raphael.base.stage import Stage, read_json
+from raphael.base.cores.threads import one_thread
+from raphael.base.stage import Stage, device_of, read_json
+from raphael.base.strict import to_dict
 from raphael.evaluate.catalogue import metrics_named
 from raphael.evaluate.findings import log_evaluation, worth_looking_at
 from raphael.evaluate.instruments.measured import INSTRUMENTS
@@ -18,7 +21,7 @@ from raphael.evaluate.metrics.of_prompts import cosines
 from raphael.evaluate.protocols.facts import protocol_facts
 from raphael.evaluate.protocols.prompts import list_sha256
 from raphael.evaluate.protocols.protocol import Protocol, meta_of, system_protocol
-from raphael.evaluate.protocols.workspace import Workspace
+from raphael.evaluate.protocols.workspace import DRAWN, ImageFiles, Workspace
 from raphael.evaluate.scenes.attributes import wrong_attributes
 from raphael.evaluate.scenes.classes import NAME as CLASS
 from raphael.evaluate.scenes.classes import shape_of
@@ -26,7 +29,6 @@ from raphael.evaluate.subject import TRUTH
 
 GENERATED = Path("data/generated")
 MODEL = Path("models/raphael")
-AGAIN = "delete it and run the stage generate again"
 
 
 def run(config: Config, stage: Stage) -> None:
@@ -34,16 +36,27 @@ def run(config: Config, stage: Stage) -> None:
     listing = read_json(GENERATED / "images.json")
     entries = listing["images"]
     protocol = protocol_of(config, MODEL)
-    images = [read_image(GENERATED / entry["file"], again=AGAIN) for entry in entries]
+    images = ImageFiles(GENERATED, tuple(entry["file"] for entry in entries))
     facts: dict[str, Any] = {"model": listing["model"], "settings": listing["settings"]}
     facts["prompts"] = list_sha256(entries)
-    subject = Workspace(config, stage, protocol, entries, images, MODEL)
-    found = measure(metrics_named(protocol.metrics, "evaluate.metrics"), subject)
-    facts |= told(found, subject)
-    facts["failures"] = failures(subject, found)
+    unfinished = _unfinished(config, stage, protocol)
+    subject = Workspace(config, stage, protocol, entries, images, MODEL, unfinished)
+    with one_thread() if device_of(config).type == "cpu" else contextlib.nullcontext():
+        found = measure(metrics_named(protocol.metrics, "evaluate.metrics"), subject)
+        facts |= told(found, subject)
+        facts["failures"] = failures(subject, found)
     facts["protocol"] = protocol_facts(protocol, found, subject, facts)
     stage.report(len(entries), len(entries), **facts)
     log_evaluation(config, stage, facts, entries, images)
+    shutil.rmtree(unfinished.parent)
+
+
+def _unfinished(config: Config, stage: Stage, protocol: Protocol) -> Path:
+    """The folder for the pieces of this very evaluation."""
+    drawn = [DRAWN] if DRAWN.is_file() else []
+    folder = stage.workdir(MODEL, GENERATED, *drawn, to_dict(config.evaluate), protocol.identity) / "pieces"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def protocol_of(config: Config, model: Path) -> Protocol:

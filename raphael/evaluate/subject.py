@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -42,6 +43,18 @@ class Rules:
     clip_prefix: str = ""
     clip_norm: Literal["float32", "float64"] = "float64"
     kid: Kid = field(default_factory=Kid)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Long work, cut into what one process computes at a time, so that whoever measures may deal it out.
+
+    count(subject): how many. compute(subject, i): the i-th, of values that JSON keeps (a float with every bit); it is
+    the same whatever was computed before it, here or in another process.
+    """
+
+    count: Callable[[Subject], int]
+    compute: Callable[[Subject, int], Any]
 
 
 @dataclass(frozen=True)
@@ -89,6 +102,7 @@ class Subject:
     ):
         self.rules, self.entries, self.prompts, self.tick = rules, list(entries), prompts, tick
         self._texts: dict[str, np.ndarray] = {}
+        self._kept: dict[str, Any] = {}
 
     def missing(self, need: str) -> str:
         """Why a need of NEEDS is not there and what makes it, "" where it is there."""
@@ -131,6 +145,9 @@ class Subject:
         """uint8 (H, W, 3) each, in order; as often as asked."""
         raise NotImplementedError
 
+    def images_at(self, rows: slice) -> list[np.ndarray]:
+        return list(islice(self.images(), rows.start, rows.stop))
+
     @cached_property
     def readings(self) -> list[SceneReading]:
         """What the scene reader sees in each image."""
@@ -162,6 +179,21 @@ class Subject:
     def counts(self) -> dict[str, int]:
         """How many the instruments take, by the names of the settings: num_probe, num_knockout_images, num_swaps."""
         return {}
+
+    def computed(self, name: str, pieces: Pieces) -> list[Any]:
+        """All of them, in order. name: what the bar calls them."""
+        count, found = pieces.count(self), []
+        with self.progress(count, name) as bar:
+            for number in range(count):
+                found.append(pieces.compute(self, number))
+                bar.update(1)
+        return found
+
+    def kept(self, name: str, make: Callable[[], Any]) -> Any:
+        """What pieces have in common: made once in each process."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]
 
     def progress(self, total: int, unit: str) -> Any:
         """A context manager whose value has `update(n)`: the bar of a metric that computes for long."""

@@ -69,37 +69,29 @@ class Network:
         return (predicted - target).square().flatten(1).mean(1) / of_v
 
 
-def probe(errors: Errors, asked: ProbeSet, advance: Callable[[int], None] = lambda _: None) -> dict[str, Verdict]:
-    """Fact -> verdict, in the order of the set. advance: called with the number of captions just judged."""
-    return verdicts(judge(errors, asked, advance=advance), asked)
-
-
-def judge(
-    errors: Errors,
-    asked: ProbeSet,
-    mine: Callable[[int], bool] = lambda _: True,
-    advance: Callable[[int], None] = lambda _: None,
-) -> Tensor:
+def judge(errors: Errors, asked: ProbeSet, mine: Callable[[int], bool] = lambda _: True) -> Tensor:
     """The errors of all captions, (captions_of(asked),) float64: the true ones, then the wrong ones of each fact.
 
     mine(number): whether this process does that pass; others' captions are 0, so that the sum over processes is whole.
     Passes are the same however they are dealt out.
     """
-    found, number = [], 0
-    for rows, captions in _questions(asked):
-        for first in range(0, len(rows), BATCH):
-            part = slice(first, first + BATCH)
-            if mine(number):
-                found.append(errors(rows[part], captions[part]).double().cpu())
-                advance(len(rows[part]))
-            else:
-                found.append(torch.zeros(len(rows[part]), dtype=torch.float64))
-            number += 1
+    found = []
+    for number, (rows, captions) in enumerate(passes(asked)):
+        if mine(number):
+            found.append(errors(rows, captions).double().cpu())
+        else:
+            found.append(torch.zeros(len(rows), dtype=torch.float64))
     return torch.cat(found)
 
 
+def passes(asked: ProbeSet) -> list[tuple[np.ndarray, list[str]]]:
+    """(images by their places, a caption each) of each pass, at most BATCH; in the order of `judge`."""
+    cuts = [(rows, captions, first) for rows, captions in _questions(asked) for first in range(0, len(rows), BATCH)]
+    return [(rows[first : first + BATCH], captions[first : first + BATCH]) for rows, captions, first in cuts]
+
+
 def verdicts(found: Tensor, asked: ProbeSet) -> dict[str, Verdict]:
-    """found: of `judge`."""
+    """found: of `judge`. In the order of the set."""
     questions = _questions(asked)
     parts = np.split(found.numpy(), np.cumsum([len(rows) for rows, _ in questions])[:-1])
     at_place = np.full(len(asked), np.nan)

@@ -42,9 +42,10 @@ def train_part(job: TrainingJob, world: World) -> dict[str, Any]:
             objective.flops_per_image = training.flops()
         for line in lines:
             events.write({"say": line})
+    first: list[Any] = []
     hooks = Hooks(
         on_log=lambda point, images: events.write({"point": point, "images": images}),
-        on_sample=lambda images, weights: sample(job, training, tracker, rank_0, (images, weights)),
+        on_sample=lambda images, weights: sample(job, training, tracker, rank_0, (images, weights), first),
         sample_weights=settings.sample_weights if training.grid else (),
         heldout=training.beside(Heldout(objective, out, world, loop.precision), world) if out is not None else None,
         enough=patience(settings),
@@ -65,10 +66,18 @@ def train_part(job: TrainingJob, world: World) -> dict[str, Any]:
     )
 
 
-def sample(job: TrainingJob, training: Training, tracker: Tracker, keep: bool, when: tuple[int, str]) -> None:
-    """Generate a grid with the weights that the objective has now. when: (images seen, name of the weights)."""
+def sample(
+    job: TrainingJob, training: Training, tracker: Tracker, keep: bool, when: tuple[int, str], first: list[Any]
+) -> None:
+    """Generate a grid with the weights that the objective has now. when: (images seen, name of the weights).
+
+    first: holds the grid at 0 images, once there is one: every EMA has the weights of the beginning then, and its grid
+    is the same.
+    """
     images, weights = when
-    grid = training.grid()
+    grid = first[0] if images == 0 and first else training.grid()
+    if images == 0:
+        first[:] = [grid]
     if not keep:
         return
     folder: Path = job.folders.samples / (weights if weights != "ema" else "")

@@ -134,6 +134,28 @@ def test_the_instruments_stand_beside_the_numbers_and_in_mlflow(evaluated):
     assert all(isinstance(value, (int, float)) for value in tracked.values())
 
 
+def test_two_processes_measure_the_bytes_of_one_and_one_that_dies_is_started_again(
+    evaluated, workspace, project, tmp_path, monkeypatch, capfd
+):
+    from truth.killed_worker import DiesOnce
+
+    from raphael.evaluate import stage
+    from raphael.evaluate.protocols import dealt
+
+    monkeypatch.syspath_prepend(project / "tests")
+    monkeypatch.setattr(stage, "log_evaluation", lambda *_: None)
+    monkeypatch.setattr(dealt, "available", lambda: 2)
+    monkeypatch.setattr(dealt, "PIECES_A_PROCESS", 1)
+    run = dealt.run_processes
+    monkeypatch.setattr(dealt, "run_processes", lambda task, *rest: run(DiesOnce(task, tmp_path), *rest))
+    one = (workspace / "reports/evaluate.json").read_bytes()
+    (workspace / "reports/evaluate.json").unlink()
+    assert run_stage("evaluate", workspace, monkeypatch) == 0
+    assert (workspace / "reports/evaluate.json").read_bytes() == one
+    assert "worker 0 of 2 died (exit code -9); what it finished stays" in capfd.readouterr().err
+    assert not list((workspace / "work/evaluate").iterdir()), "finished pieces are nobody's any more"
+
+
 def test_every_number_carries_the_protocol_that_it_was_measured_by(evaluated, generated, workspace):
     from raphael.evaluate.catalogue import metric_of
     from raphael.evaluate.protocols.protocol import system_protocol

@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 from truth.device_cases import generated_workspace
-from truth.generate_jobs import die_once
+from truth.killed_worker import DiesOnce
 
 from raphael.base.config.params import load_config
 from raphael.base.stage import Stage
@@ -48,6 +48,7 @@ def test_two_processes_generate_the_bytes_of_one_and_one_that_dies_is_started_ag
 ):
     one = made_by(workspace, tmp_path / "one", 1, monkeypatch)
     assert len(one) == COUNT
-    monkeypatch.setattr(generate_stage, "generate_share", die_once)
+    run = generate_stage.run_processes
+    monkeypatch.setattr(generate_stage, "run_processes", lambda task, *rest: run(DiesOnce(task, tmp_path), *rest))
     assert made_by(workspace, tmp_path / "two", 2, monkeypatch) == one
     assert "worker 0 of 2 died (exit code -9); what it finished stays" in capfd.readouterr().err

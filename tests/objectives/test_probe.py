@@ -15,9 +15,23 @@ from raphael.base.randomness import SampleRng
 from raphael.diffusion.prediction import Velocity, prediction_of
 from raphael.diffusion.schedule import Schedule
 from raphael.net.condition import Condition
-from raphael.objectives.probe import BATCH, TIMES, Network, Verdict, captions_of, network_errors, probe
+from raphael.objectives.probe import (
+    BATCH,
+    TIMES,
+    Network,
+    Verdict,
+    captions_of,
+    judge,
+    network_errors,
+    passes,
+    verdicts,
+)
 
 N = BATCH + 5  # more than a pass
+
+
+def probe(errors, question: ProbeSet) -> dict[str, Verdict]:
+    return verdicts(judge(errors, question), question)
 
 
 def asked() -> ProbeSet:
@@ -60,9 +74,9 @@ def reads_the_level(kind: str, plan: Schedule):
 
 @pytest.mark.parametrize("kind", ["v", "eps"])
 def test_a_denoiser_that_knows_one_fact_wins_it_always_and_ties_at_what_it_cannot_see(kind):
-    verdicts = probe(network_errors(reads_the_level(kind, schedule()), latents(), encode), asked())
-    assert verdicts["colour"].share == 1.0 and verdicts["colour"].ties == 0
-    assert verdicts["word"].share == 0.5 and verdicts["word"].ties == 6
+    found = probe(network_errors(reads_the_level(kind, schedule()), latents(), encode), asked())
+    assert found["colour"].share == 1.0 and found["colour"].ties == 0
+    assert found["word"].share == 0.5 and found["word"].ties == 6
 
 
 def test_the_error_is_that_of_v_whatever_is_predicted():
@@ -79,8 +93,8 @@ def test_a_denoiser_that_ignores_captions_ties_everywhere():
     def unet(x_t, t, text):
         return SimpleNamespace(prediction=0.3 * x_t)
 
-    verdicts = probe(network_errors(Network(unet, schedule(), Velocity()), latents(), encode), asked())
-    assert [(verdict.share, verdict.ties) for verdict in verdicts.values()] == [(0.5, N), (0.5, 6)]
+    found = probe(network_errors(Network(unet, schedule(), Velocity()), latents(), encode), asked())
+    assert [(verdict.share, verdict.ties) for verdict in found.values()] == [(0.5, N), (0.5, 6)]
 
 
 def test_shares_equal_a_loop_over_scenes_one_at_a_time():
@@ -108,14 +122,16 @@ def test_shares_equal_a_loop_over_scenes_one_at_a_time():
 
 
 def test_a_true_caption_is_judged_once_for_all_its_facts_and_every_caption_is_counted():
-    judged, counted = [], []
+    judged = []
 
     def errors(rows, captions):
         judged.extend(captions)
         return torch.zeros(len(rows))
 
-    probe(errors, asked(), counted.append)
-    assert len(judged) == N + N + 6 == captions_of(asked()) == sum(counted)
+    probe(errors, asked())
+    assert len(judged) == N + N + 6 == captions_of(asked())
+    assert [caption for _, captions in passes(asked()) for caption in captions] == judged
+    assert [len(rows) for rows, _ in passes(asked())] == [BATCH, 5, BATCH, 5, 6]
 
 
 def test_an_error_that_is_no_number_is_no_win():

@@ -121,52 +121,71 @@ def _knock_out(stack: contextlib.ExitStack, block: RaphaelBlock, part: str, seed
         on(mixture, removed)
 
 
-@torch.inference_mode()
-def knockouts(
-    pipeline: RaphaelPipeline,
-    images: Images,
-    *,
-    seed: int = 0,
-    precision: str = "auto",
-    every_block: tuple[str, ...] = SPACE + TIME,
-    advance: Callable[[int], None] = lambda _: None,
-) -> dict[str, Any]:
-    """-> {version, n, of, seed, precision, loss, parts: [{part, block (null: all), loss, cost, low, high, inert}],
-    mask_cover, gate_entropy}.
+class Knockouts:
+    """What is asked of one pipeline and some images, case by case; a case is the same whatever was before it.
 
-    cost: the rise as a share of the loss, with its 95 % bootstrap interval over images. every_block: parts that are
-    also taken away in one block after another. advance: called with the passes done (of `passes_of`).
+    every_block: parts that are also taken away in one block after another.
     """
-    unet = pipeline.unet
 
-    def losses() -> np.ndarray:
-        found = _losses(pipeline, images, seed)
-        advance(1)
-        return found
+    def __init__(
+        self,
+        pipeline: RaphaelPipeline,
+        images: Images,
+        *,
+        seed: int = 0,
+        precision: str = "auto",
+        every_block: tuple[str, ...] = SPACE + TIME,
+    ):
+        self.pipeline, self.images, self.seed, self.precision = pipeline, images, seed, precision
+        self.cases = _cases(pipeline.unet, every_block)
 
-    with autocast(precision, pipeline.device):
-        base, rows = losses(), []
+    def __len__(self) -> int:
+        """The loss as it is, every case, and what is inside."""
+        return len(self.cases) + 2
+
+    @torch.inference_mode()
+    def __call__(self, number: int) -> Any:
+        """The losses of the images, (n,); at last what `_inside` says."""
+        with autocast(self.precision, self.pipeline.device):
+            if number == len(self) - 1:
+                return _inside(self.pipeline, self.images, self.seed)
+            if number == 0:
+                return _losses(self.pipeline, self.images, self.seed).tolist()
+            with knocked_out(self.pipeline.unet, *self.cases[number - 1], self.seed):
+                return _losses(self.pipeline, self.images, self.seed).tolist()
+
+    def told(self, found: list[Any]) -> dict[str, Any]:
+        """All of them, in order -> {version, n, of, seed, precision, loss, parts: [{part, block (null: all), loss,
+        cost, low, high, inert}], mask_cover, gate_entropy}.
+
+        cost: the rise as a share of the loss, with its 95 % bootstrap interval over images.
+        """
+        base, rows = np.array(found[0]), []
         loss = float(base.mean())
-        for part, block in _cases(unet, every_block):
-            with knocked_out(unet, part, block, seed):
-                rise = losses() - base
+        for (part, block), losses in zip(self.cases, found[1:-1], strict=True):
+            rise = np.array(losses) - base
             low, high = bootstrap_mean(rise) if len(rise) > 1 else (None, None)
             row: dict[str, Any] = {"part": part, "block": block, "loss": round(loss + float(rise.mean()), 6)}
             row |= {"cost": round(float(rise.mean()) / loss, 6)}
             row |= {"low": low and round(low / loss, 6), "high": high and round(high / loss, 6)}
             rows.append({**row, "inert": bool(row["cost"] < INERT_BELOW)})
-        inside = _inside(pipeline, images, seed)
-    told = {"version": VERSION, "n": len(base), "of": images.source, "seed": seed, "precision": precision}
-    return {**told, "loss": round(loss, 6), "parts": rows, **inside}
+        said = {"version": VERSION, "n": len(base), "of": self.images.source}
+        said |= {"seed": self.seed, "precision": self.precision}
+        return {**said, "loss": round(loss, 6), "parts": rows, **found[-1]}
+
+
+def knockouts(asked: Knockouts, advance: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
+    """`told` of all cases. advance: called with the cases done."""
+    found = []
+    for number in range(len(asked)):
+        found.append(asked(number))
+        advance(1)
+    return asked.told(found)
 
 
 def _cases(unet: RaphaelUNet, every_block: tuple[str, ...]) -> list[tuple[str, int | None]]:
     parts, blocks = parts_of(unet), range(unet.num_blocks)
     return [(part, None) for part in parts] + [(p, b) for p in parts if p in every_block for b in blocks]
-
-
-def passes_of(unet: RaphaelUNet, every_block: tuple[str, ...] = SPACE + TIME) -> int:
-    return 1 + len(_cases(unet, every_block))
 
 
 def _passes(images: Images, num_steps: int) -> Iterator[tuple[np.ndarray, Tensor]]:

@@ -1,14 +1,19 @@
 """The instruments as metrics of the model that generated the images: the ceilings, the probe, knock-outs and the swap.
 
-Each tells its facts under its own key; where it has nothing to ask, `absent` says why.
+Each tells its facts under its own key; where it has nothing to ask, `absent` says why. Their work is cut into pieces.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raphael.evaluate.metric import Found, Number
-from raphael.evaluate.subject import Subject
+from raphael.evaluate.scenes.readings import read_plainly, reading_of
+from raphael.evaluate.subject import Pieces, Subject
+
+if TYPE_CHECKING:
+    from raphael.evaluate.instruments.knockouts import Knockouts
+    from raphael.evaluate.instruments.probe import Probing
 
 INSTRUMENTS = ("ceiling", "probe", "knockouts", "swap")
 COUNTS = {"ceiling": "num_probe", "probe": "num_probe", "knockouts": "num_knockout_images", "swap": "num_swaps"}
@@ -18,53 +23,108 @@ def ceiling(subject: Subject) -> Found:
     """The numbers of true images, as drawn and after the autoencoder (raphael/evaluate/scenes/breakdown.py)."""
     if not _count(subject, "ceiling"):
         return _none("ceiling")
-    import numpy as np
+    from raphael.evaluate.scenes.breakdown import ceiling as ceiling_of
+
+    pieces = subject.computed("ceiling", CEILING)
+    drawn, decoded = ([reading_of(told) for piece in pieces for told in piece[side]] for side in (0, 1))
+    reached = ceiling_of(subject.scenes.entries(), drawn, decoded)
+    return Found(facts={"ceiling": {"n": len(subject.scenes), **reached}})
+
+
+def _ceiling_pieces(subject: Subject) -> int:
+    from raphael.encoders.autoencoder import ENCODED_AT_ONCE
+
+    return -(-len(subject.scenes) // ENCODED_AT_ONCE) if _count(subject, "ceiling") else 0
+
+
+def _ceiling_piece(subject: Subject, number: int) -> list[list[Any]]:
+    """What is read in some scenes, [as drawn, decoded]."""
     import torch
 
     from raphael.diffusion.sampling import decode_images
     from raphael.encoders.autoencoder import ENCODED_AT_ONCE
     from raphael.evaluate.instruments.probe import mean_latents
-    from raphael.evaluate.scenes.breakdown import ceiling as ceiling_of
 
-    asked, pipeline = subject.scenes, subject.pipeline
-    latents, parts = mean_latents(pipeline, asked.images), pipeline.parts()
+    pipeline, first = subject.pipeline, number * ENCODED_AT_ONCE
+    drawn = subject.scenes.images[first : first + ENCODED_AT_ONCE]
     with torch.inference_mode():
-        decoded = [decode_images(parts, part) for part in latents.split(ENCODED_AT_ONCE)]
-    reached = ceiling_of(asked.entries(), list(asked.images), list(np.concatenate(decoded)))
-    return Found(facts={"ceiling": {"n": len(asked), **reached}})
+        decoded = decode_images(pipeline.parts(), mean_latents(pipeline, drawn))
+    return [read_plainly(drawn), read_plainly(decoded)]
+
+
+CEILING = Pieces(_ceiling_pieces, _ceiling_piece)
 
 
 def probe(subject: Subject) -> Found:
-    if not (count := _count(subject, "probe")):
+    if not _count(subject, "probe"):
         return _none("probe")
-    from raphael.evaluate.instruments.probe import probe_pipeline
-    from raphael.objectives.probe import captions_of
+    from raphael.evaluate.instruments.probe import told
 
-    asked = subject.scenes.take(count)
-    with subject.progress(captions_of(asked), "captions probed") as bar:
-        return Found(facts={"probe": probe_pipeline(subject.pipeline, asked, advance=bar.update)})
+    return Found(facts={"probe": told(subject.computed("probe", PROBE), _asked(subject))})
+
+
+def _asked(subject: Subject) -> Any:
+    return subject.scenes.take(_count(subject, "probe"))
+
+
+def _probing(subject: Subject) -> Probing:
+    from raphael.evaluate.instruments.probe import Probing
+
+    return subject.kept("probe", lambda: Probing(subject.pipeline, _asked(subject)))
+
+
+def _probe_pieces(subject: Subject) -> int:
+    from raphael.objectives.probe import passes
+
+    return len(passes(_asked(subject))) if _count(subject, "probe") else 0
+
+
+PROBE = Pieces(_probe_pieces, lambda subject, number: _probing(subject)(number))
 
 
 def knockouts(subject: Subject) -> Found:
-    if not (count := _count(subject, "knockouts")):
+    if not _count(subject, "knockouts"):
         return _none("knockouts")
+    return Found(facts={"knockouts": _knocked(subject).told(subject.computed("knockouts", KNOCKOUTS))})
+
+
+def _knocked(subject: Subject) -> Knockouts:
     from raphael.evaluate.instruments import knockouts as ko
 
-    pipeline = subject.pipeline
-    images = ko.images_of_scenes(pipeline, subject.scenes, count)
-    with subject.progress(ko.passes_of(pipeline.unet, ko.BY_BLOCK), "knock-outs") as bar:
-        measured = ko.knockouts(pipeline, images, every_block=ko.BY_BLOCK, advance=bar.update)
-    return Found(facts={"knockouts": measured})
+    def make() -> Knockouts:
+        images = ko.images_of_scenes(subject.pipeline, subject.scenes, _count(subject, "knockouts"))
+        return ko.Knockouts(subject.pipeline, images, every_block=ko.BY_BLOCK)
+
+    return subject.kept("knockouts", make)
+
+
+KNOCKOUTS = Pieces(
+    lambda subject: len(_knocked(subject)) if _count(subject, "knockouts") else 0,
+    lambda subject, number: _knocked(subject)(number),
+)
 
 
 def swap(subject: Subject) -> Found:
-    if not (count := _count(subject, "swap")):
+    if not _count(subject, "swap"):
         return _none("swap")
+    found = subject.computed("swap", SWAP)
+    return Found(facts={"swap": found[0] if found else None})
+
+
+def _pairs(subject: Subject) -> list[Any]:
     from raphael.evaluate.instruments.swap import pairs_of
+
+    return pairs_of(subject.scenes.entries(), _count(subject, "swap"))
+
+
+def _swapped(subject: Subject, number: int) -> dict[str, Any]:
     from raphael.evaluate.instruments.swap import swap as swap_of
 
-    pairs = pairs_of(subject.scenes.entries(), count)
-    return Found(facts={"swap": swap_of(subject.pipeline, pairs) if pairs else None})
+    return swap_of(subject.pipeline, _pairs(subject))
+
+
+# one batch, since an image's last bits depend on the size of its batch
+SWAP = Pieces(lambda subject: int(bool(_count(subject, "swap") and _pairs(subject))), _swapped)
 
 
 def timestep_loss(subject: Subject) -> Found:

@@ -15,7 +15,7 @@ from raphael.diffusion.prediction import prediction_of
 from raphael.encoders.autoencoder import encode_images
 from raphael.evaluate.metrics.intervals import share
 from raphael.generate.pipeline import RaphaelPipeline, default_size
-from raphael.objectives.probe import TIMES, VERSION, Network, Verdict, in_place, network_errors, probe
+from raphael.objectives.probe import TIMES, VERSION, Network, Verdict, in_place, network_errors, passes, verdicts
 
 LABELS = {
     "shape": "shape",
@@ -30,7 +30,35 @@ LABELS = {
 }
 
 
-@torch.inference_mode()
+class Probing:
+    """The probe of one pipeline, pass by pass; a pass is the same whatever passes were before it, here or elsewhere.
+
+    precision: of the network's products.
+    """
+
+    def __init__(self, pipeline: RaphaelPipeline, asked: ProbeSet, seed: int = 0, precision: str = "auto"):
+        self.passes, self.precision, self.pipeline = passes(asked), precision, pipeline
+        latents = in_place(asked, mean_latents(pipeline, asked.images[asked.rows]))
+        self.errors = network_errors(network_of(pipeline), latents, pipeline.encode, seed)
+
+    @torch.inference_mode()
+    def __call__(self, number: int) -> list[float]:
+        """The errors of v of the captions of that pass."""
+        with self.pipeline.unet.remembering(), autocast(self.precision, self.pipeline.device):  # a text, five times
+            return self.errors(*self.passes[number]).double().tolist()
+
+
+def told(found: list[list[float]], asked: ProbeSet, seed: int = 0, precision: str = "auto") -> dict[str, Any]:
+    """What the passes say, in their order -> {version, seed, precision, times (shares of T), facts: {fact: {win_share,
+    _n, _low, _high, ties, margin}}}.
+
+    margin: mean over scenes of the wrong caption's error of v minus the true one's.
+    """
+    judged = verdicts(torch.tensor([error for errors in found for error in errors], dtype=torch.float64), asked)
+    said = {"version": VERSION, "seed": seed, "precision": precision, "times": list(TIMES)}
+    return {**said, "facts": {name: numbers(verdict) for name, verdict in judged.items()}}
+
+
 def probe_pipeline(
     pipeline: RaphaelPipeline,
     asked: ProbeSet,
@@ -38,17 +66,12 @@ def probe_pipeline(
     precision: str = "auto",
     advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """-> {version, seed, precision, times (shares of T), facts: {fact: {win_share, _n, _low, _high, ties, margin}}}.
-
-    margin: mean over scenes of the wrong caption's error of v minus the true one's. precision: of the network's
-    products. advance: called with the number of captions judged (of `captions_of`).
-    """
-    latents = in_place(asked, mean_latents(pipeline, asked.images[asked.rows]))
-    errors = network_errors(network_of(pipeline), latents, pipeline.encode, seed)
-    with autocast(precision, pipeline.device):
-        verdicts = probe(errors, asked, advance)
-    told = {"version": VERSION, "seed": seed, "precision": precision, "times": list(TIMES)}
-    return {**told, "facts": {name: numbers(verdict) for name, verdict in verdicts.items()}}
+    """`told` of all passes. advance: called with the number of captions judged (of `captions_of`)."""
+    probing, found = Probing(pipeline, asked, seed, precision), []
+    for number in range(len(probing.passes)):
+        found.append(probing(number))
+        advance(len(found[-1]))
+    return told(found, asked, seed, precision)
 
 
 def numbers(verdict: Verdict) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,28 @@ import numpy as np
 
 from raphael.base.config.params import Config
 from raphael.base.config.systems import find_system, system_of
+from raphael.base.images.fit import read_image
 from raphael.base.probe_set import PROBE
 from raphael.base.stage import Stage, StageError, device_of
+from raphael.evaluate.catalogue import metrics_named
 from raphael.evaluate.features.spaces import RANDOM, Network, open_network
+from raphael.evaluate.protocols.dealt import PIECES, READ, deal, processes_for
 from raphael.evaluate.protocols.protocol import Protocol, meta_of
-from raphael.evaluate.subject import CLIP, HEAD, MODEL, SCENES, TEXT_MODEL, Entry, Pair, Rows, Subject
+from raphael.evaluate.scenes.readings import READINGS, reading_of
+from raphael.evaluate.subject import (
+    CLIP,
+    HEAD,
+    LABELS,
+    MODEL,
+    SCENES,
+    TEXT_MODEL,
+    TRUTH,
+    Entry,
+    Pair,
+    Pieces,
+    Rows,
+    Subject,
+)
 
 if TYPE_CHECKING:
     from raphael.base.probe_set import ProbeSet
@@ -25,10 +43,29 @@ CAPTIONS = Path("data/captions/captions.parquet")
 DRAWN = Path("data/source") / PROBE
 TEXT_PARTS = {"autoencoder", "text_encoder"}  # of a TEXT_MODEL
 OPENED = ("inception", "clip")  # where a protocol names no network: those that the settings have
+AGAIN = "delete it and run the stage generate again"
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """The generated images of `folder`, read when they are asked for: uint8 (H, W, 3) by number, or a list by slice."""
+
+    folder: Path
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, rows: Any) -> Any:
+        if isinstance(rows, slice):
+            return [read_image(self.folder / name, again=AGAIN) for name in self.names[rows]]
+        return read_image(self.folder / self.names[rows], again=AGAIN)
 
 
 class Workspace(Subject):
-    """Features are held in memory. model: the pipeline's folder; drawn: the probe's scenes."""
+    """Features are held in memory. model: the pipeline's folder; drawn: the probe's scenes. unfinished: a folder for
+    these very images, model and settings, in which other processes may leave what they computed (protocols/dealt.py);
+    None: this one computes everything."""
 
     def __init__(
         self,
@@ -36,12 +73,13 @@ class Workspace(Subject):
         stage: Stage,
         protocol: Protocol,
         entries: list[Entry],
-        images: list[np.ndarray],
+        images: Sequence[np.ndarray] | ImageFiles,
         model: Path,
+        unfinished: Path | None = None,
     ):
         super().__init__(protocol.rules, entries, [entry["prompt"] for entry in entries])
         self.config, self.stage, self.protocol = config, stage, protocol
-        self._images, self.model, self.drawn = images, model, DRAWN
+        self._images, self.model, self.drawn, self.unfinished = images, model, DRAWN, unfinished
         self._no_clip = ""
 
     def has(self, need: str) -> bool:
@@ -69,10 +107,30 @@ class Workspace(Subject):
     def images(self) -> Iterator[np.ndarray]:
         return iter(self._images)
 
+    def images_at(self, rows: slice) -> list[np.ndarray]:
+        return list(self._images[rows])
+
     @cached_property
     def readings(self) -> list[Any]:
-        with self.stage.progress(len(self._images), "images read") as bar:
-            return self.read_scenes(bar.update)
+        return [reading_of(told) for piece in self.computed(READ, READINGS) for told in piece]
+
+    def computed(self, name: str, pieces: Pieces) -> list[Any]:
+        return self.dealt[name] if name in self.dealt else super().computed(name, pieces)
+
+    @cached_property
+    def dealt(self) -> dict[str, list[Any]]:
+        """What others computed of the protocol's metrics, by name; nothing where this process is enough."""
+        if self.unfinished is None:
+            return {}
+        asked = [metric for metric in metrics_named(self.protocol.metrics) if metric.pieces is not None]
+        names = [metric.name for metric in asked if not any(map(self.missing, metric.needs))]
+        if self.has(TRUTH) or self.has(LABELS):
+            names.append(READ)
+        counts = {name: PIECES[name].count(self) for name in names}
+        if processes_for(sum(counts.values()), str(self.device)) == 1:
+            return {}
+        again = partial(Workspace, self.config, self.stage, self.protocol, self.entries, self._images, self.model)
+        return deal(again, counts, self.stage, self.unfinished)
 
     @cached_property
     def networks(self) -> list[Network]:

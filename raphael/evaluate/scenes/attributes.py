@@ -11,10 +11,8 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from raphael.evaluate.metrics.intervals import share
-from raphael.evaluate.scenes.reader import ATTRIBUTES, SceneReading, judge, read_scene
+from raphael.evaluate.scenes.reader import ATTRIBUTES, SceneReading, judge
 
 HEADLINE_SUITES = {  # the pictures behind each number at the top; None: every picture whose prompt states it
     "background_colour": "single",
@@ -27,10 +25,6 @@ HEADLINE_SUITES = {  # the pictures behind each number at the top; None: every p
 }
 CHANCE_DRAWS = 5
 PICTURE = "picture_accuracy"  # share of pictures in which everything that the prompt states is right
-
-
-def read_pictures(pictures: Sequence[np.ndarray]) -> list[SceneReading]:
-    return [read_scene(picture) for picture in pictures]
 
 
 def score(entries: Sequence[dict[str, Any]], readings: Sequence[SceneReading]) -> dict[str, Any]:

@@ -10,10 +10,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from raphael.evaluate.metrics.intervals import share
-from raphael.evaluate.scenes.attributes import HEADLINE_SUITES, PICTURE, read_pictures, score
+from raphael.evaluate.scenes.attributes import HEADLINE_SUITES, PICTURE, score
 from raphael.evaluate.scenes.reader import ATTRIBUTES, ReadObject, SceneReading, judge, pairing
 
 Judged = Sequence[tuple[dict[str, Any], SceneReading]]  # a truth in the form of prompts.json, and what was read
@@ -84,11 +82,12 @@ def relation_parts(pairs: Judged) -> dict[str, Any]:
     return found
 
 
-def ceiling(entries: Sequence[dict[str, Any]], drawn: Sequence[np.ndarray], decoded: Sequence[np.ndarray]) -> dict:
-    """{"drawn": numbers, "decoded": numbers}: those of `score` and `relation_parts`, of true images uint8 (H, W, 3)."""
+def ceiling(
+    entries: Sequence[dict[str, Any]], drawn: Sequence[SceneReading], decoded: Sequence[SceneReading]
+) -> dict[str, Any]:
+    """{"drawn": numbers, "decoded": numbers}: those of `score` and `relation_parts`, of what is read in true images."""
     found = {}
-    for name, images in (("drawn", drawn), ("decoded", decoded)):
-        readings = read_pictures(images)
+    for name, readings in (("drawn", drawn), ("decoded", decoded)):
         numbers = score(entries, readings)
         keys = [f"{key}{end}" for key in (*_headline(), PICTURE) for end in ("", "_n", "_low", "_high")]
         parts = relation_parts(judged(entries, readings, "relation"))

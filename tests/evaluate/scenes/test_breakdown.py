@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from raphael.evaluate.scenes.breakdown import NOTHING, asked_and_read, ceiling, judged, relation_parts
-from raphael.evaluate.scenes.reader import ReadObject, SceneReading, judge
+from raphael.evaluate.scenes.reader import ReadObject, SceneReading, judge, read_scene
 
 
 def thing(colour: str, shape: str, x: float, y: float = 0.5, area: float = 0.1) -> ReadObject:
@@ -89,7 +89,8 @@ def test_the_ceiling_of_drawn_scenes_is_nearly_all_and_lower_where_the_decoder_l
 
     scenes = probe_set(0, 15, 64, 0.12, ())
     grey = [np.full_like(image, 128) for image in scenes.images]
-    found = ceiling(scenes.entries(), list(scenes.images), grey)
+    drawn, decoded = ([read_scene(image) for image in images] for images in (scenes.images, grey))
+    found = ceiling(scenes.entries(), drawn, decoded)
     assert found["drawn"]["picture_accuracy"] >= 0.9 and found["drawn"]["relation_parts"]["both_pairs"] >= 0.9
     assert found["decoded"]["shape_accuracy"] == 0.0 and found["decoded"]["shape_accuracy_n"] == 15
     assert found["decoded"]["relation_parts"]["two_objects"] == 0.0

@@ -39,7 +39,8 @@ def run(root: Path, monkeypatch: pytest.MonkeyPatch, overrides: dict | None) -> 
 
     monkeypatch.setattr(stages, "_logger", lambda: logging.getLogger("flows"))
     monkeypatch.setattr(stages, "reproduce", reproduce)
-    monkeypatch.setattr(stages, "_stage_task", lambda stage: stages._run_stage)
+    monkeypatch.setattr(stages, "available", lambda: 1)  # nothing beside anything
+    monkeypatch.setattr(stages, "_stage_task", lambda stage, begun: lambda *told: stages._run_stage(*told, begun))
     monkeypatch.setattr(stages, "publish_summary", lambda root, outcome: None)
     monkeypatch.chdir(root)
     full.full.fn(overrides)
