@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from raphael.base.checkpoint.folder import Stored
+from raphael.base.config.sampling import LongPrompts
 from raphael.base.config.systems import find_system, system_of
 from raphael.base.tracking.registered import REGISTRY, registered_folder
 from raphael.generate.pipeline import RaphaelPipeline, default_size
@@ -67,7 +68,21 @@ def info_of(name: str, pipeline: Pipeline, folder: Path) -> ModelInfo:
         getattr(pipeline.unet.config, "context_length", 0) or None,
         examples_of(pipeline, folder),
         sum(parameter.numel() for module in pipeline.modules for parameter in module.parameters()),
+        long_prompts_of(pipeline),
     )
+
+
+def long_prompts_of(pipeline: Pipeline) -> tuple[str, ...]:
+    """The ways in which it reads a prompt that is longer than its context."""
+
+    def reads(way: str) -> bool:
+        try:
+            pipeline.reader(replace(pipeline.defaults, long_prompts=way))
+        except ValueError:
+            return False
+        return True
+
+    return tuple(way for way in get_args(LongPrompts) if reads(way))
 
 
 def examples_of(pipeline: Pipeline, folder: Path) -> tuple[dict[str, Any], ...]:

@@ -14,6 +14,7 @@ const SETTINGS = {
   guidance_scale: { read: Number, sent: true },
   guidance_rescale: { read: Number, sent: true },
   eta: { read: Number, sent: true },
+  long_prompts: { read: String },
   width: { read: Number },
   height: { read: Number },
 };
@@ -80,7 +81,8 @@ export function hasEta(sampler) {
 
 /** What is posted for one image of these settings. */
 export function bodyOf(values) {
-  return { ...samplingOf(values), width: values.width, height: values.height };
+  const { width, height, long_prompts } = values;
+  return { ...samplingOf(values), width, height, ...(long_prompts && { long_prompts }) };
 }
 
 /** The same where the model's own size is used: edits, and looks inside. */
