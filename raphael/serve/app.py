@@ -23,6 +23,7 @@ from fastapi import FastAPI, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 
+from raphael.edit.paint import COLOURS
 from raphael.serve.bodies import (
     MAX_IMAGES,
     MAX_STEPS,
@@ -218,7 +219,8 @@ def _add_facts(api: FastAPI, server: Server) -> None:
         sizes = {"size_px": max(info.max_px for info in server.catalogue.infos)}
         own = {"queue": server.settings.limits.waiting, "job_s": server.settings.limits.seconds}
         body = {"body_bytes": server.settings.bounds.body_bytes, "images_bytes": server.settings.bounds.images_bytes}
-        return {"object": "list", "models": told, "data": told, "limits": limits | sizes | own | body}
+        every = {"limits": limits | sizes | own | body, "region_colours": COLOURS}
+        return {"object": "list", "models": told, "data": told, **every}
 
     @api.get("/healthz", summary="Whether the server takes jobs")
     async def healthz() -> dict[str, Any]:

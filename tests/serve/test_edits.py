@@ -109,6 +109,10 @@ def test_painting_takes_phrases_with_their_masks(tiny):
     how = How(4, 1, Sampling("ddim", 2, 2.0, "fp32"))
     own = paint(tiny.models["tiny"].pipeline, SOURCE, {"red circle": HOLE > 0}, 1.0, how)
     assert np.array_equal(pixels_of(told["images"][0]["result"]), own.result[0])
+    colours = tiny.client.get("/v1/models").json()["region_colours"]  # what the page paints with
+    assert (pixels_of(told["images"][0]["source"])[HOLE > 0] == colours[0]).all()
+    body = tiny.client.get("/openapi.json").json()["components"]["schemas"]["PaintBody"]["properties"]
+    assert len(set(map(tuple, colours))) == body["regions"]["maxItems"]  # one for each
 
 
 @pytest.mark.parametrize("kind", KINDS)

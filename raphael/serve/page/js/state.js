@@ -22,7 +22,8 @@ const OTHERWISE = { negative_prompt: "", guidance_rescale: 0, eta: 0 }; // of a 
 const SAMPLERS_WITH_ETA = ["ddim"];
 export const LARGEST_SEED = Number.MAX_SAFE_INTEGER;
 
-export const state = { models: [], limits: {}, values: {}, view: "create", kind: null };
+// colours: of painted phrases, [red, green, blue], the server's own
+export const state = { models: [], limits: {}, colours: [], values: {}, view: "create", kind: null };
 export const changes = new EventTarget(); // "settings": values changed; "place": another view or kind of edit
 
 export function randomSeed() {
@@ -53,10 +54,11 @@ export function defaultsOf(model) {
 }
 
 /** Takes the server's answer to "which models". */
-export function begin({ models, limits = {} }) {
+export function begin({ models, limits = {}, region_colours: colours }) {
   if (!models?.length) throw new Error("The server has no model.");
   state.models = models;
   state.limits = limits;
+  state.colours = colours;
   readAddress();
 }
 
