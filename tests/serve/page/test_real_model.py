@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from serve.conftest import running
 from serve.page.conftest import CONTEXT
@@ -146,11 +147,13 @@ def test_a_page_with_a_picture_is_there_soon_after_the_command(chromium, tmp_pat
         generated(page)
         seconds = time.monotonic() - begun_s
         (image,) = shown(page)
+        used = psutil.Process(process.pid).cpu_times()
         context.close()
     finally:
         process.terminate()
         process.communicate(timeout=20)
     others = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))  # of the last minute: what one gets of a core
     print(f"ready after {ready_s:.1f} s, a picture on the page after {seconds:.1f} s; load {others:.1f} a core")
+    print(f"the server used {used.user + used.system:.1f} s of a core")
     assert image.std() > 10
     assert seconds < READY_S * others
