@@ -27,8 +27,8 @@ export function models() {
 /**
  * Runs a job to its end and resolves with its result.
  *
- * path: "v1/images", "v1/edits/<kind>", "v1/inside". watch: {queued(job), step(job), waiting(seconds), warned(texts)}, all
- * optional.
+ * path: "v1/images", "v1/edits/<kind>", "v1/inside". watch, each of it optional: {queued(job), step(job),
+ * waiting(seconds), warned(texts)}.
  * signal: aborts the job, here and on the server; then it rejects with an AbortError. Rejects with a Problem.
  */
 export async function run(path, body, { signal, watch = {} } = {}) {
