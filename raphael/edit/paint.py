@@ -29,7 +29,12 @@ from raphael.net.condition import AttentionHooks, Condition, HookCall
 SIGMA_MAX = 80.0  # eDiff-I's largest; schedules that end in pure noise have an infinite one
 ARRANGE = 3  # steps
 ARRANGEMENTS = 12
-COLOURS = ((216, 84, 74), (70, 120, 200), (90, 165, 90), (220, 170, 60), (140, 90, 170), (80, 170, 175))
+# of the phrases' regions, here and on the page of `raphael serve`: Okabe and Ito's, apart for those who see colours
+# differently; first those that are seldom a prompt's own
+COLOURS = (
+    *((0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233)),
+    *((0, 114, 178), (213, 94, 0), (240, 228, 66), (0, 0, 0)),
+)
 
 
 class PaintedBias:

@@ -8,9 +8,12 @@ roundings.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 
@@ -26,6 +29,23 @@ SHOWN = 200  # letters of what was cut
 
 class CutPromptWarning(UserWarning):
     """A prompt is longer than the model reads."""
+
+
+_told: ContextVar[list[str] | None] = ContextVar("told", default=None)
+
+
+@contextlib.contextmanager
+def cut_prompts() -> Iterator[list[str]]:
+    """Inside, the texts of CutPromptWarning come into the list, each once, and no warning is given.
+
+    Of this thread alone: `warnings.catch_warnings` would take those of every thread of a server.
+    """
+    texts: list[str] = []
+    before = _told.set(texts)
+    try:
+        yield texts
+    finally:
+        _told.reset(before)
 
 
 def parse_weights(prompt: str) -> list[tuple[str, float]]:
@@ -150,9 +170,12 @@ def _joined(encoding: TextEncoding, counts: list[int]) -> TextEncoding:
 def _warn(encoder: TextEncoder, prompt: str, count: int, cut: list[int]) -> None:
     text = encoder.text_of(cut)
     text = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
-    warnings.warn(
+    text = (
         f"prompt: got {count} tokens, the model reads {encoder.room} (of more with long_prompts chunks); not read of "
-        f"{prompt[:40]!r}: {text!r}",
-        CutPromptWarning,
-        stacklevel=2,
+        f"{prompt[:40]!r}: {text!r}"
     )
+    told = _told.get()
+    if told is None:
+        warnings.warn(text, CutPromptWarning, stacklevel=2)
+    elif text not in told:
+        told.append(text)

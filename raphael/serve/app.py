@@ -23,6 +23,7 @@ from fastapi import FastAPI, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 
+from raphael.edit.paint import COLOURS
 from raphael.serve.bodies import (
     MAX_IMAGES,
     MAX_STEPS,
@@ -84,7 +85,8 @@ class Server:
             return JSONResponse({name: told[name] for name in ("id", "state", "position")}, 202, headers)
         await self.ended(request, job)
         if PNG in request.headers.get("accept", "") and job.task.kind == IMAGES:
-            return Response(first_png(job), media_type=PNG, headers={"Raphael-Seed": str(job.task.body.seed)})
+            headers = {"Raphael-Seed": str(job.task.body.seed), **warned(job)}
+            return Response(first_png(job), media_type=PNG, headers=headers)
         return Response(job.result, media_type="application/json")
 
     async def ended(self, request: Request, job: Job) -> None:
@@ -157,10 +159,11 @@ def _add_work(api: FastAPI, server: Server) -> None:
         return await server.answer(request, server.submit(INSIDE, body, wait), wait)
 
     @api.post("/v1/images/generations", summary="Generate images, in OpenAI's shape")
-    async def generations(request: Request, body: OpenAiBody) -> dict[str, Any]:
+    async def generations(request: Request, response: Response, body: OpenAiBody) -> dict[str, Any]:
         job = server.submit(IMAGES, body.images_body(), wait=True)
         await server.ended(request, job)
         made = json.loads(job.result or "null")["images"]
+        response.headers.update(warned(job))
         return {"created": int(time.time()), "data": [{"b64_json": image["b64_png"]} for image in made]}
 
 
@@ -216,7 +219,8 @@ def _add_facts(api: FastAPI, server: Server) -> None:
         sizes = {"size_px": max(info.max_px for info in server.catalogue.infos)}
         own = {"queue": server.settings.limits.waiting, "job_s": server.settings.limits.seconds}
         body = {"body_bytes": server.settings.bounds.body_bytes, "images_bytes": server.settings.bounds.images_bytes}
-        return {"object": "list", "models": told, "data": told, "limits": limits | sizes | own | body}
+        every = {"limits": limits | sizes | own | body, "region_colours": COLOURS}
+        return {"object": "list", "models": told, "data": told, **every}
 
     @api.get("/healthz", summary="Whether the server takes jobs")
     async def healthz() -> dict[str, Any]:
@@ -253,6 +257,12 @@ def _swagger() -> Path:
 
 def first_png(job: Job) -> bytes:
     return base64.b64decode(json.loads(job.result or "null")["images"][0]["b64_png"])
+
+
+def warned(job: Job) -> dict[str, str]:
+    """The header of answers whose body has no place for warnings: their list as JSON, in ASCII."""
+    texts = json.loads(job.result or "null").get("warnings")
+    return {"Raphael-Warnings": json.dumps(texts)} if texts else {}
 
 
 def _without_uploads(body: SamplingBody) -> SamplingBody:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from raphael.base.config.sampling import SamplerName, ThresholdKind
+from raphael.base.config.sampling import LongPrompts, SamplerName, ThresholdKind
 
 MAX_STEPS = 100
 MAX_IMAGES = 8
@@ -21,6 +21,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 Picture = Annotated[str, Field(max_length=IMAGE_CHARS, description="PNG, JPEG or WebP, as base64 or a data URI")]
 Mask = Annotated[str, Field(max_length=IMAGE_CHARS, description="an image of the same size, white where it counts")]
+OneContext = Literal["cut"]  # of what looks at single words: maps and hooks are of one context's
 Side = Annotated[int, Field(ge=8, le=PART_PX)]
 
 
@@ -45,9 +46,10 @@ class SamplingBody(Body):
     variance: Literal["posterior", "beta"] | None = None
     threshold: ThresholdKind | None = None
     threshold_percentile: Annotated[float, Field(ge=0, le=100)] | None = None
+    long_prompts: LongPrompts | None = None
     n: Annotated[int, Field(ge=1, le=MAX_IMAGES, description="images, of (seed, 0), (seed, 1), ...")] = 1
 
-    @field_validator("n", "negative_prompt", mode="before")
+    @field_validator("n", "negative_prompt", "long_prompts", mode="before")
     @classmethod
     def _null_is_left_out(cls, value: Any, info: Any) -> Any:
         return cls.model_fields[info.field_name].default if value is None else value
@@ -65,6 +67,7 @@ class InsideBody(SamplingBody):
     """`POST /v1/inside`: one image, of (seed, 0), and what the network did while it drew it."""
 
     prompt: Text
+    long_prompts: OneContext = "cut"
     n: Literal[1] = 1
 
 
@@ -99,6 +102,7 @@ class KeepBody(SamplingBody):
     """How much of the source stays (raphael/edit/rewrite.py, Keep)."""
 
     prompt: Text
+    long_prompts: OneContext = "cut"
     cross: Annotated[Share, Field(description="share of the steps with the source's maps")] = 0.8
     cross_of: Annotated[dict[Phrase, Share], Field(max_length=32, description="another share for a word")] = {}
     self_attention: Share = 0.4
@@ -127,6 +131,7 @@ class Region(Body):
 
 class PaintBody(SamplingBody):
     prompt: Text
+    long_prompts: OneContext = "cut"
     regions: Annotated[list[Region], Field(min_length=1, max_length=8)]
     weight: Annotated[float, Field(ge=0, le=10, description="of the painting; 0: none")] = 0.5
     away: Annotated[float, Field(ge=0, le=10, description="how much less a phrase is seen outside its region")] = 1.0
@@ -151,6 +156,7 @@ class ReconstructBody(PictureBody):
 
 class StylesBody(SamplingBody):
     prompt: Text
+    long_prompts: OneContext = "cut"
     styles: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=200)]],
         Field(

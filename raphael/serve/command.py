@@ -16,7 +16,7 @@ QUEUE, SECONDS = 32, 120.0
 def add(commands: argparse._SubParsersAction) -> None:
     text = "serve models over HTTP, with a page to try them on (docs/guides/serve.md)"
     command = commands.add_parser("serve", help=text, description=text.capitalize() + ".")
-    default = "models/raphael where it is, and scenes, which comes with this package"
+    default = "models/raphael where it is, scenes, which comes with this package, and what else lies in models/"
     command.add_argument(
         "--checkpoint",
         action="append",
@@ -46,7 +46,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     from raphael.pretrained.find import default_pipeline
     from raphael.serve.door.access import read_token
     from raphael.serve.jobs import Limits
-    from raphael.serve.models import default_checkpoints, open_models
+    from raphael.serve.models import default_checkpoints, found_folders, open_models
     from raphael.serve.server import Address, serve
 
     if arguments.queue < 0 or arguments.seconds <= 0:
@@ -57,5 +57,6 @@ def _serve(arguments: argparse.Namespace) -> None:
     device = devices.resolve(arguments.device, "--device")
     say_device("serve", device)
     checkpoints = arguments.checkpoint or default_checkpoints(default_pipeline()[0])
-    models = open_models(checkpoints, device, arguments.precision)
+    found = [] if arguments.checkpoint else found_folders(checkpoints)
+    models = open_models(checkpoints, device, arguments.precision, found)
     serve(models, address, listener, Limits(arguments.queue, arguments.seconds), started_s)

@@ -12,7 +12,7 @@ from raphael.serve.door.problems import Problem, of_value_error
 SAMPLING_FIELDS = {  # of a body -> of Sampling
     "num_inference_steps": "steps",
     **{name: name for name in ("guidance_scale", "sampler", "eta", "guidance_rescale", "guidance_interval")},
-    **{name: name for name in ("variance", "threshold", "threshold_percentile")},
+    **{name: name for name in ("variance", "threshold", "threshold_percentile", "long_prompts")},
 }
 
 
@@ -42,6 +42,7 @@ class ModelInfo:
     context_tokens: int | None = None
     examples: tuple[dict[str, Any], ...] = ()
     parameters: int = 0
+    long_prompts: tuple[str, ...] = ("cut",)
 
     def told(self, default: str) -> dict[str, Any]:
         """An entry of /v1/models; object, owned_by: what OpenAI's clients look for."""
@@ -56,6 +57,7 @@ class ModelInfo:
             **{name: getattr(self, name) for name in ("context_tokens", "parameters")},
             "size": list(self.size),
             "edits": list(self.edits),
+            "long_prompts": list(self.long_prompts),
             "labels": None if self.labels is None else list(self.labels),
             "examples": list(self.examples),
         }
@@ -72,7 +74,10 @@ class ModelInfo:
 
     def check(self, body: SamplingBody) -> None:
         """Raises Problem that names the field which does not fit this model."""
-        self.sampling(body)
+        if self.sampling(body).long_prompts not in self.long_prompts:
+            expected = " or ".join(self.long_prompts)
+            detail = f"long_prompts: got {body.long_prompts}, expected {expected}: so reads this model"
+            raise Problem(422, detail, "long_prompts", list(self.long_prompts))
         for name in ("width", "height"):
             side = getattr(body, name, None)
             if side is not None and (side % self.multiple_px or not self.multiple_px <= side <= self.max_px):

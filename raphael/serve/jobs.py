@@ -196,6 +196,8 @@ class Jobs:
     def _end(self, job: Job, state: str, result: str | None = None, error: Problem | None = None) -> None:
         if job.state in ENDED:  # closed while it ran
             return
+        if error is not None:  # its frames hold what the job worked on, and would as long as the job is remembered
+            error.__traceback__ = error.__context__ = error.__cause__ = None
         job.state, job.result, job.error, job.ended_s = state, result, error, time.monotonic()
         job.previews, job.task = [], replace(job.task, images={})
         if state == DONE:

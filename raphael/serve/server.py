@@ -104,10 +104,12 @@ def local_perform(models: dict[str, Served]) -> Any:
 
 
 def warm(models: dict[str, Served]) -> None:
-    """One image of each model in one step: the first use of a network costs more than those that follow."""
+    """One image of each model in memory in one step: the first use of a network costs more than those that follow."""
     from raphael.serve.bodies import ImagesBody
 
     for name, served in models.items():
+        if not served.here:
+            continue
         body = ImagesBody(prompt="", seed=0, num_inference_steps=1)
         perform(served, Task(IMAGES, name, body), Unwatched())
 

@@ -15,6 +15,7 @@ from raphael.base.config.sampling import Sampling
 from raphael.diffusion.samplers import SAMPLERS
 from raphael.diffusion.sampling import decode_images
 from raphael.edit.run import How
+from raphael.encoders.weighted import cut_prompts
 from raphael.generate.metadata import Made, batch_of, chunk
 from raphael.serve import edits, inside
 from raphael.serve.bodies import ImagesBody, SamplingBody
@@ -67,16 +68,18 @@ class Task:
 
 
 def perform(served: Served, task: Task, watch: Watch) -> dict[str, Any]:
-    """The answer's JSON without the id. Raises Problem for what the model refuses, and what the watch raises."""
+    """The answer's JSON without the id; warnings: of prompts that were cut. Raises Problem for what the model refuses,
+    and what the watch raises."""
     started_s = time.perf_counter()
     act = {IMAGES: _generate, INSIDE: _inspect}.get(task.kind, _edit)
     try:
-        with _attended(served.pipeline.unet, watch, tell=task.kind != IMAGES):
+        with cut_prompts() as warnings, _attended(served.pipeline.unet, watch, tell=task.kind != IMAGES):
             answer = act(served, task, watch)
     except ValueError as error:  # ConfigError, too
         raise of_value_error(error, type(task.body).model_fields) from None
     seconds = {"generate": round(time.perf_counter() - started_s, 4)}
-    return {"model": task.model, **answer, "settings": _settings(served, task), "seconds": seconds}
+    settings = _settings(served, task)
+    return {"model": task.model, **answer, "settings": settings, "warnings": warnings, "seconds": seconds}
 
 
 def _generate(served: Served, task: Task, watch: Watch) -> dict[str, Any]:

@@ -37,6 +37,25 @@ def test_a_name_with_an_alias_and_one_with_a_version_are_the_folder(workspace):
         assert registered_folder(address, workspace / "params.yaml") == workspace / "models" / "raphael"
 
 
+def test_the_best_model_is_served_by_its_address(workspace, monkeypatch):
+    """`raphael serve --checkpoint models:/raphael@best`: its id is the address, its bytes are the folder's."""
+    from serve.conftest import running
+
+    from raphael.serve.info import Catalogue
+    from raphael.serve.models import open_models
+    from raphael.serve.server import local_perform
+
+    monkeypatch.chdir(workspace)
+    models = open_models(["models:/raphael@best", "models/raphael"], "cpu")
+    assert list(models) == ["raphael@best", "raphael"]
+    with running(Catalogue(tuple(served.info for served in models.values())), local_perform(models)) as served:
+        asked = {"prompt": "a", "seed": 1, "num_inference_steps": 1}
+        best, own = (served.client.post("/v1/images", json=asked | {"model": name}).json() for name in models)
+        assert best["images"] == own["images"] and best["model"] == "raphael@best"
+        ids = [model["id"] for model in served.client.get("/v1/models").json()["models"] if model["default"]]
+        assert ids == ["raphael@best"]
+
+
 @pytest.mark.parametrize(
     ("address", "words"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,14 @@ import time
 
 import httpx
 import pytest
+from truth.tiny_raphael import write_pipeline
 
 from raphael.cli.main import main
-from raphael.serve.models import open_models
+from raphael.pretrained.find import default_pipeline
+from raphael.serve import models as serving
+from raphael.serve.info import Catalogue
+from raphael.serve.models import bytes_of, default_checkpoints, found_folders, open_models
+from raphael.serve.server import local_perform
 
 
 @pytest.mark.parametrize(
@@ -37,6 +43,58 @@ def test_what_cannot_be_served_is_one_line(options, words, capsys, monkeypatch, 
 def test_models_of_one_name_get_a_number_and_the_first_is_the_default(tiny):
     models = open_models([str(tiny.folder)] * 3, "cpu")
     assert list(models) == ["tiny", "tiny-2", "tiny-3"]
+
+
+def test_every_pipeline_folder_of_a_workspace_is_served_beside_those_that_are_named(tiny, monkeypatch, tmp_path, capfd):
+    """By its folder's name, also a link's; what is no model is left out with a word, and so are more than the bound."""
+    root = tmp_path / "models"
+    for name in ("raphael", "second", "third"):
+        shutil.copytree(tiny.folder, root / name)
+    (root / "linked").symlink_to(root / "second")
+    (root / "again").symlink_to(root / "raphael")  # the same as one that is named
+    for name in ("broken", ".temporary.7", "autoencoder"):
+        (root / name).mkdir()
+        (root / name / "meta.json").write_text("{}")
+    for name in ("broken", ".temporary.7"):
+        (root / name / "manifest.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    named = default_checkpoints(default_pipeline()[0])
+    found = found_folders(named)
+    assert [str(folder) for folder in found] == [f"models/{name}" for name in ("broken", "linked", "second", "third")]
+    opened = open_models(["models/raphael"], "cpu", found=found)
+    assert list(opened) == ["raphael", "linked", "second", "third"]
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith("raphael serve: models/broken is left out: ")
+    monkeypatch.setattr(serving, "MOST_FOUND", 2)
+    assert len(found_folders(named)) == 2
+    assert "models: got 4 models, expected at most 2" in (said := capfd.readouterr().err) and "second, third" in said
+
+
+def test_models_that_nobody_named_share_a_bound_in_memory_and_are_read_again(tiny, running, tmp_path):
+    """Their pictures stay the same to the byte; a folder with another model by now is refused, not served."""
+    folders = [tmp_path / name for name in ("second", "third")]
+    for folder in folders:
+        shutil.copytree(tiny.folder, folder)
+    models = open_models([str(tiny.folder)], "cpu", found=folders)
+    shelf = models["second"].shelf
+    assert [served.here for served in models.values()] == [True] * 3
+    shelf.room = bytes_of(models["second"].pipeline)  # one of the two
+    catalogue = Catalogue(tuple(served.info for served in models.values()))
+    with running(catalogue, local_perform(models)) as server:
+
+        def asked(name: str) -> httpx.Response:
+            return server.client.post("/v1/images", json={"model": name, "prompt": "a", "seed": 1, "guidance_scale": 1})
+
+        pictures = [asked(name).json()["images"] for name in ("second", "third", "second", "tiny")]
+        assert pictures[0] == pictures[1] == pictures[2] == pictures[3]
+        assert [name for name, served in models.items() if served.here] == ["tiny", "second"]
+        shutil.rmtree(folders[1])
+        gone = asked("third")
+        assert gone.status_code == 503 and gone.json()["field"] == "model"
+        write_pipeline(folders[1], seed=1)
+        other = asked("third")
+        assert other.status_code == 503 and "another one by now" in other.json()["detail"]
+        assert asked("second").json()["images"] == pictures[0]
 
 
 @pytest.mark.slow

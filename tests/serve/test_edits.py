@@ -109,6 +109,23 @@ def test_painting_takes_phrases_with_their_masks(tiny):
     how = How(4, 1, Sampling("ddim", 2, 2.0, "fp32"))
     own = paint(tiny.models["tiny"].pipeline, SOURCE, {"red circle": HOLE > 0}, 1.0, how)
     assert np.array_equal(pixels_of(told["images"][0]["result"]), own.result[0])
+    colours = tiny.client.get("/v1/models").json()["region_colours"]  # what the page paints with
+    assert (pixels_of(told["images"][0]["source"])[HOLE > 0] == colours[0]).all()
+    body = tiny.client.get("/openapi.json").json()["components"]["schemas"]["PaintBody"]["properties"]
+    assert len(set(map(tuple, colours))) == body["regions"]["maxItems"]  # one for each
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_every_kind_it_is_told_what_was_not_read(tiny, kind):
+    told = edited(tiny, kind, negative_prompt="a grey star, " * 9)
+    assert len(told["warnings"]) == 1 and "the model reads 14" in told["warnings"][0]
+    if KINDS[kind].words:  # maps of words are of one context
+        answer = tiny.client.post(f"/v1/edits/{kind}", json={**HOW, **ASKED[kind], "long_prompts": "chunks"})
+        assert answer.status_code == 422 and answer.json()["field"] == "long_prompts"
+    else:
+        read = edited(tiny, kind, negative_prompt="a grey star, " * 9, long_prompts="chunks")
+        assert read["warnings"] == [] and read["settings"]["long_prompts"] == "chunks"
+        assert read["images"] != told["images"]
 
 
 def test_an_upload_is_scaled_to_the_model_and_a_data_uri_is_the_same(tiny):
@@ -153,6 +170,8 @@ def test_looking_inside_tells_what_inspect_saw(tiny):
     answer = tiny.client.post("/v1/inside", json={**HOW, "prompt": SOURCE, "num_inference_steps": 3})
     assert answer.status_code == 200, answer.text
     told, pipeline = answer.json(), tiny.models["tiny"].pipeline
+    long = tiny.client.post("/v1/inside", json={"prompt": SOURCE, "negative_prompt": "grey, " * 20}).json()
+    assert told["warnings"] == [] and len(long["warnings"]) == 1
     own = pipeline.inspect(SOURCE, 4, Sampling("ddim", 3, 2.0, "fp32"))
     assert np.array_equal(pixels_of(told["image"]), own.image)
     assert told["tokens"] == own.words and [step["step"] for step in told["steps"]] == [0, 1, 2]
@@ -185,5 +204,8 @@ def test_a_model_without_words_can_what_needs_none_and_says_what_it_knows(tiny_d
     assert status("/v1/edits/switch", then="circle") == 200
     assert status("/v1/edits/image", image=PICTURE) == status("/v1/edits/vary") == 200
     assert status("/v1/edits/replace", target="circle") == status("/v1/inside") == 422
+    assert model["long_prompts"] == ["cut"] and status("/v1/images", long_prompts="cut") == 200
+    refused = tiny_ddpm.client.post("/v1/images", json={"prompt": "star", "long_prompts": "chunks"})
+    assert refused.status_code == 422 and refused.json()["field"] == "long_prompts"
     refused = tiny_ddpm.client.post("/v1/images", json={"prompt": "a star"}).json()
     assert refused["field"] == "prompt" and refused["allowed"] == ["circle", "star"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import socket
@@ -162,6 +163,54 @@ def test_bodies_without_end_share_one_bound(gated):
         one.settimeout(5)
         assert one.recv(1000).startswith(b"HTTP/1.1 408 ")  # it never sent the rest
     assert served.client.post("/v1/images", json={"prompt": 1}).status_code == 422
+
+
+def test_memory_is_flat_under_bodies_without_end_and_bodies_that_come_slowly(gated, gate):
+    """What they hold together is bounded, and given back: rounds after the first add nothing."""
+    bounds = Bounds(body_bytes=40_000, images_bytes=4 << 20, all_bytes=16 << 20, seconds=0.5)
+    served = gated(bounds=bounds)
+    named = f"Host: 127.0.0.1:{served.port}\r\nContent-Type: application/json\r\n"
+    part = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
+
+    def endless() -> int:
+        """-> bytes that could be sent before the server closed."""
+        sent = 0
+        with socket.create_connection(("127.0.0.1", served.port), timeout=10) as one, contextlib.suppress(OSError):
+            one.sendall(f"POST /v1/edits/image HTTP/1.1\r\n{named}Transfer-Encoding: chunked\r\n\r\n".encode())
+            while sent < 64 << 20:
+                one.sendall(part)
+                sent += len(part)
+        return sent
+
+    def slow() -> bytes:
+        """A byte every 20 ms, of a body that is said to have many. -> the status line, or b"": closed before it."""
+        with socket.create_connection(("127.0.0.1", served.port), timeout=0.02) as one:
+            one.sendall(f"POST /v1/images HTTP/1.1\r\n{named}Content-Length: 39999\r\n\r\n".encode())
+            while True:
+                try:
+                    return one.recv(12)
+                except TimeoutError:
+                    with contextlib.suppress(ConnectionError):
+                        one.sendall(b" ")
+                except ConnectionError:
+                    return b""
+
+    process, after = psutil.Process(), []
+    assert served.client.get("/healthz").status_code == 200
+    most = before = process.memory_info().rss
+    with ThreadPoolExecutor(24) as pool:
+        for _ in range(4):
+            streams, trickles = ([pool.submit(act) for _ in range(12)] for act in (endless, slow))
+            while not all(one.done() for one in streams + trickles):
+                most = max(most, process.memory_info().rss)
+                time.sleep(0.01)
+            assert all(one.result() < 32 << 20 for one in streams)  # 4 MB, and what the sockets hold
+            assert {one.result() for one in trickles} <= {b"HTTP/1.1 408", b"HTTP/1.1 503", b""}
+            after.append(process.memory_info().rss)
+    print(f"{(most - before) >> 20} MB at most, {[(rss - before) >> 20 for rss in after]} MB after each round")
+    assert most - before < 3 * bounds.all_bytes  # with what sockets and h11 hold; unbounded it would be 48 times it
+    assert after[-1] - after[0] < 8 << 20, [rss >> 20 for rss in after]
+    assert not gate.begun and served.client.get("/healthz").status_code == 200
 
 
 def test_heads_that_come_slowly_or_not_at_all_are_closed(gated, monkeypatch):

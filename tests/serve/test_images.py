@@ -28,6 +28,11 @@ def pngs(answer: dict[str, Any]) -> list[bytes]:
     return [base64.b64decode(image["b64_png"]) for image in answer["images"]]
 
 
+def pixels(answer: dict[str, Any]) -> list[bytes]:
+    """Without the words of how they were made."""
+    return [Image.open(io.BytesIO(data)).tobytes() for data in pngs(answer)]
+
+
 def test_the_images_are_those_of_the_command_line_to_the_byte_and_say_how_they_were_made(tiny, tmp_path):
     answer = made(tiny, n=3, guidance_scale=2.5, sampler="ddim", eta=0.5, width=48, height=24)
     options = ["--steps", "2", "--guidance-scale", "2.5", "--sampler", "ddim", "--eta", "0.5", "--size", "24x48"]
@@ -79,6 +84,28 @@ def test_previews_are_the_estimates_of_each_step_and_change_no_byte(tiny):
     assert pngs(result) == pngs(made(tiny, num_inference_steps=8, n=2))
     last = Image.open(io.BytesIO(base64.b64decode(previews[seen[-1]][0].partition(",")[2])))
     assert last.size == (32, 32)
+
+
+def test_what_a_model_does_not_read_of_a_prompt_is_told_each_time_and_chunks_read_it(tiny):
+    """Every text once, however many images; who takes no JSON gets it in a header."""
+    long = "a red circle, " * 6
+    cut = [made(tiny, prompt=f"{long}{end}", negative_prompt=f"{long} grey", n=2) for end in ("blue", "green")]
+    assert pixels(cut[0]) == pixels(cut[1])
+    for answer, end in zip(cut, ("blue", "green"), strict=True):
+        prompt, negative = sorted(answer["warnings"], key=lambda text: "grey" in text)
+        assert "the model reads 14" in prompt and prompt.endswith(f"{end}'") and negative.endswith("grey'")
+    chunks = [made(tiny, prompt=f"{long}{end}", long_prompts="chunks", n=2) for end in ("blue", "green")]
+    assert pixels(chunks[0]) != pixels(chunks[1]) and [answer["warnings"] for answer in chunks] == [[], []]
+    again = tiny.client.post("/v1/images", json=chunks[0]["settings"]).json()
+    assert again["settings"]["long_prompts"] == "chunks" and pngs(again) == pngs(chunks[0])
+    assert made(tiny)["warnings"] == []
+    asked = {**ASKED, "prompt": f"{long}\u00e9"}
+    answer = tiny.client.post("/v1/images", json=asked, headers={"Accept": "image/png"})
+    (text,) = json.loads(answer.headers["raphael-warnings"])
+    assert text == tiny.client.post("/v1/images", json=asked).json()["warnings"][0]
+    theirs = tiny.client.post("/v1/images/generations", json={"prompt": asked["prompt"]})
+    assert set(theirs.json()) == {"created", "data"} and json.loads(theirs.headers["raphael-warnings"]) == [text]
+    assert "raphael-warnings" not in tiny.client.post("/v1/images/generations", json={"prompt": "a"}).headers
 
 
 @pytest.mark.parametrize("size", [None, "auto", "48x24"])

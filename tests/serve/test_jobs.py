@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import threading
 import time
+import weakref
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from serve.conftest import INFO
 
+from raphael.serve.door.problems import Problem
+from raphael.serve.info import Catalogue
 from raphael.serve.jobs import Limits
 
 ASKED = {"prompt": "a red circle", "seed": 7, "num_inference_steps": 3}
@@ -188,3 +193,23 @@ def test_the_server_ends_while_jobs_run_wait_and_are_watched(gated, gate):
     for thread in asking:
         thread.join(5)
     assert [answer.status_code for answer in answers] == [503, 503]
+
+
+def test_a_job_that_failed_keeps_nothing_of_what_it_worked_on(running):
+    """Its answer is remembered for minutes; what was drawn until then would be tens of MB each."""
+    drawn = []
+
+    def perform(task, watch):
+        maps = np.zeros(1000)
+        drawn.append(weakref.ref(maps))
+        try:
+            raise ValueError("prompt: too long")
+        except ValueError as error:
+            raise Problem(422, str(error), "prompt") from None
+
+    with running(Catalogue((INFO,)), perform) as served:
+        assert served.client.post("/v1/images", json={"prompt": "a"}).status_code == 422
+        job = served.client.post("/v1/images?wait=false", json={"prompt": "a"}).json()["id"]
+        until(lambda: served.client.get(f"/v1/jobs/{job}").json()["state"] == "failed")
+        until(lambda: len(drawn) == 2 and not any(maps() is not None for maps in drawn))
+        assert served.client.get(f"/v1/jobs/{job}").json()["error"]["field"] == "prompt"

@@ -15,6 +15,7 @@ from raphael.base.strict import LATER, Range, to_dict
 
 SamplerName = Literal["ddpm", "ddim", "euler", "heun", "dpmpp_2m", "unipc", "euler_ancestral"]
 ThresholdKind = Literal["none", "static", "dynamic"]
+LongPrompts = Literal["cut", "chunks"]
 OF_SAMPLERS: dict[str, tuple[SamplerName, ...]] = {"eta": ("ddim",), "variance": ("ddpm",)}  # options of those alone
 
 
@@ -43,7 +44,7 @@ class Sampling:
     threshold_bound: Positive = option(1.0, "of |x_0| in the data: 1 for pixels")
     variance: Literal["posterior", "beta"] = option("posterior", "of ddpm's noise: beta~ or beta", later=True)
     guidance_rescale: Share = option(0.0, "how far guidance gives contrast back, 0 to 1", later=True)
-    long_prompts: Literal["cut", "chunks"] = option(
+    long_prompts: LongPrompts = option(
         "cut", "those longer than the model reads: cut, with a warning, or read chunk by chunk", later=True
     )
 

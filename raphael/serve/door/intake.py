@@ -59,10 +59,9 @@ class Intake:
             limit = 0
         else:
             limit = self.bounds.images_bytes if scope["path"].startswith(self.with_images) else self.bounds.body_bytes
-        too_long = Problem(413, f"the body is too long, expected at most {limit:,} bytes", allowed=limit)
         for said in header(scope, b"content-length"):
             if not said.isdecimal() or int(said[:20]) > limit:
-                raise too_long
+                raise _too_long(limit)
         parts, length, more = [], 0, True
         while more:
             message = await receive()
@@ -71,7 +70,7 @@ class Intake:
             part, more = message.get("body", b""), message.get("more_body", False)
             length += len(part)
             if length > limit:
-                raise too_long
+                raise _too_long(limit)
             kept.add(len(part))
             parts.append(part)
         body = b"".join(parts)
@@ -94,6 +93,12 @@ class _Kept:
 
     def release(self) -> None:
         self.intake.arriving -= self.bytes
+
+
+def _too_long(limit: int) -> Problem:
+    """Made where it is raised: kept in a variable it would hold its frame, and the frame the body's parts, until the
+    garbage collector comes by, long after they were counted as given back."""
+    return Problem(413, f"the body is too long, expected at most {limit:,} bytes", allowed=limit)
 
 
 def _is_json(scope: dict) -> bool:

@@ -27,10 +27,10 @@ EDITS = tuple(edits.KINDS)
 RED, GREEN, BLUE = (200, 30, 30), (30, 160, 60), (40, 60, 190)  # of an edit: source, result, without
 EXAMPLES = ({"prompt": "a red circle on white", "seed": 3}, {"prompt": "a blue star on black", "seed": 5})
 DEFAULTS = Sampling("dpmpp_2m", STEPS, 1.6)
-WORDS = ModelInfo("scenes", "raphael", "0" * 16, (SIDE, SIDE), 8, 256, DEFAULTS, EDITS, True, None, 32, EXAMPLES)
-CLASSES = replace(
-    WORDS, id="classes", system="ddpm", edits=("image", "vary"), inside=False, labels=("circle", "star"), examples=()
-)
+OF_WORDS = {"examples": EXAMPLES, "long_prompts": ("cut", "chunks")}
+WORDS = ModelInfo("scenes", "raphael", "0" * 16, (SIDE, SIDE), 8, 256, DEFAULTS, EDITS, True, None, 32, **OF_WORDS)
+OF_CLASSES = {"inside": False, "labels": ("circle", "star"), "examples": (), "long_prompts": ("cut",)}
+CLASSES = replace(WORDS, id="classes", system="ddpm", edits=("image", "vary"), **OF_CLASSES)
 
 
 def colour_of(seed: int) -> tuple[int, int, int]:
@@ -44,13 +44,14 @@ def flat(colour: tuple[int, ...], height: int = SIDE, width: int = SIDE) -> np.n
 
 @dataclass
 class Double:
-    """What tests set and read. pace_s: of a step; held: the seed whose work stays at its second step; asked: all tasks;
-    stopped: those that were cancelled on the way."""
+    """What tests set and read. pace_s: of a step; held: the seed whose work stays at its second step; warnings: of each
+    answer; asked: all tasks; stopped: those that were cancelled on the way."""
 
     models: list[ModelInfo] = field(default_factory=lambda: [WORDS])
     token: str | None = None
     pace_s: float = 0.01
     held: int | None = None
+    warnings: list[str] = field(default_factory=list)
     asked: list[Task] = field(default_factory=list)
     stopped: list[Task] = field(default_factory=list)
 
@@ -74,7 +75,8 @@ class Double:
                 time.sleep(0.01)
                 self.told(task, watch, step, forming)
         made = {IMAGES: self.images, INSIDE: self.inside}.get(task.kind, self.edit)(task)
-        return {"model": task.model, **made, "settings": task.body.model_dump(), "seconds": {"generate": 0.4}}
+        told = {"settings": task.body.model_dump(), "warnings": self.warnings, "seconds": {"generate": 0.4}}
+        return {"model": task.model, **made, **told}
 
     def told(self, task: Task, watch: Watch, step: int, forming: np.ndarray) -> None:
         try:

@@ -112,6 +112,22 @@ def test_an_image_is_seen_as_it_forms_and_escape_cancels_it(open_page, double):
     assert (shown(page)[0] == colour_of(7)).all()
 
 
+def test_what_was_not_read_of_a_prompt_is_told_in_a_line_until_the_next_image(open_page, double):
+    double.warnings = ["prompt: got 40 tokens, not read: <b>'a star'</b>"]
+    page = open_page(QUIET + "&n=2")
+    page.get_by_role("button", name="Generate").click()
+    generated(page)
+    line = page.locator(".work [role=status] .notice")
+    assert line.all_text_contents() == ["Prompt: got 40 tokens, not read: <b>'a star'</b>"]  # of two images once
+    double.warnings = []
+    page.get_by_label("Long prompts").select_option("chunks")
+    page.get_by_role("button", name="Generate").click()
+    page.wait_for_function("() => document.querySelectorAll('.history .thumbs li').length === 4")
+    assert line.count() == 0
+    sent = [body.long_prompts for body in double.bodies("images") if body.seed in (7, 8)]
+    assert sent == ["cut", "cut", "chunks", "chunks"]
+
+
 def test_several_images_are_as_many_seeds_and_each_has_its_own_actions(open_page, double):
     page = open_page(QUIET + "&n=4")
     page.get_by_role("button", name="Generate").click()

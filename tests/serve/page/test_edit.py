@@ -7,6 +7,8 @@ import pytest
 from serve.page.double import BLUE, EDITS, GREEN, RED, SIDE, colour_of
 from serve.page.test_create import QUIET, generated, pixels_of
 
+from raphael.edit.paint import COLOURS
+
 
 def to_edit(page, title: str) -> None:
     page.get_by_role("link", name="Edit", exact=True).click()
@@ -73,12 +75,17 @@ def test_phrases_are_painted_each_in_its_colour(open_page, double):
     assert page.locator("[data-field=regions] .fault").text_content() == "Nothing is painted for “red circle”."
     page.get_by_role("button", name="Right half").click()
     page.get_by_label("Paint blue star").check()
+    swatches = page.locator(".phrase").evaluate_all("all => all.map((one) => one.style.getPropertyValue('--colour'))")
+    assert swatches == ["rgb({} {} {})".format(*colour) for colour in COLOURS[:2]]
+    page.get_by_label("Less elsewhere").fill("0.5")
+    page.get_by_label("Noise arranged, steps").fill("0")
     page.mouse.move(*centre(page, 0.1, 0.5))
     page.mouse.down()
     page.mouse.move(*centre(page, 0.4, 0.5), steps=3)
     page.mouse.up()
     made(page)
     (task,) = (task for task in double.asked if task.kind == "edits/paint")
+    assert (task.body.weight, task.body.away, task.body.arrange) == (0.5, 0.5, 0)
     first, second = task.images["red circle"], task.images["blue star"]
     assert first[:, SIDE // 2 :].all() and not first[:, : SIDE // 2].any()
     rows, columns = np.mgrid[:SIDE, :SIDE] + 0.5

@@ -27,7 +27,8 @@ export function models() {
 /**
  * Runs a job to its end and resolves with its result.
  *
- * path: "v1/images", "v1/edits/<kind>", "v1/inside". watch: {queued(job), step(job), waiting(seconds)}, all optional.
+ * path: "v1/images", "v1/edits/<kind>", "v1/inside". watch, each of it optional: {queued(job), step(job),
+ * waiting(seconds), warned(texts)}.
  * signal: aborts the job, here and on the server; then it rejects with an AbortError. Rejects with a Problem.
  */
 export async function run(path, body, { signal, watch = {} } = {}) {
@@ -41,7 +42,9 @@ export async function run(path, body, { signal, watch = {} } = {}) {
   signal?.addEventListener("abort", cancel, { once: true });
   try {
     watch.queued?.(job);
-    return finished(await lastState(job.id, signal, watch));
+    const result = finished(await lastState(job.id, signal, watch));
+    if (result.warnings?.length) watch.warned?.(result.warnings);
+    return result;
   } finally {
     signal?.removeEventListener("abort", cancel);
   }

@@ -14,6 +14,7 @@ const SETTINGS = {
   guidance_scale: { read: Number, sent: true },
   guidance_rescale: { read: Number, sent: true },
   eta: { read: Number, sent: true },
+  long_prompts: { read: String },
   width: { read: Number },
   height: { read: Number },
 };
@@ -21,7 +22,8 @@ const OTHERWISE = { negative_prompt: "", guidance_rescale: 0, eta: 0 }; // of a 
 const SAMPLERS_WITH_ETA = ["ddim"];
 export const LARGEST_SEED = Number.MAX_SAFE_INTEGER;
 
-export const state = { models: [], limits: {}, values: {}, view: "create", kind: null };
+// colours: of painted phrases, [red, green, blue], the server's own
+export const state = { models: [], limits: {}, colours: [], values: {}, view: "create", kind: null };
 export const changes = new EventTarget(); // "settings": values changed; "place": another view or kind of edit
 
 export function randomSeed() {
@@ -52,10 +54,11 @@ export function defaultsOf(model) {
 }
 
 /** Takes the server's answer to "which models". */
-export function begin({ models, limits = {} }) {
+export function begin({ models, limits = {}, region_colours: colours }) {
   if (!models?.length) throw new Error("The server has no model.");
   state.models = models;
   state.limits = limits;
+  state.colours = colours;
   readAddress();
 }
 
@@ -80,7 +83,8 @@ export function hasEta(sampler) {
 
 /** What is posted for one image of these settings. */
 export function bodyOf(values) {
-  return { ...samplingOf(values), width: values.width, height: values.height };
+  const { width, height, long_prompts } = values;
+  return { ...samplingOf(values), width, height, ...(long_prompts && { long_prompts }) };
 }
 
 /** The same where the model's own size is used: edits, and looks inside. */

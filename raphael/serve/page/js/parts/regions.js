@@ -1,16 +1,7 @@
 // Phrases of a prompt, each with a colour of its own: the one that is chosen is painted.
 
 import { button, el, fill, uniqueId } from "../dom.js";
-
-// of Okabe and Ito, apart for those who see colours differently; first those that are seldom a prompt's own
-const COLOURS = [
-  [0, 158, 115],
-  [204, 121, 167],
-  [230, 159, 0],
-  [86, 180, 233],
-  [0, 114, 178],
-  [213, 94, 0],
-];
+import { state } from "../state.js";
 
 export class Regions {
   /** painter: whose layers are the phrases. */
@@ -62,7 +53,7 @@ export class Regions {
   show() {
     const made = this.rows.map((row, place) => {
       const name = () => row.phrase || `phrase ${place + 1}`;
-      const colour = COLOURS[place].join(" ");
+      const colour = state.colours[place].join(" ");
       const choice = el("input", { type: "radio", name: this.group, checked: place === this.active });
       choice.setAttribute("aria-label", `Paint ${name()}`);
       choice.addEventListener("change", () => this.choose(place));
@@ -92,9 +83,9 @@ export class Regions {
       );
     });
     fill(this.list, made);
-    this.more.hidden = this.rows.length === COLOURS.length;
+    this.more.hidden = this.rows.length === state.colours.length;
     this.painter.setLayers(
-      this.rows.map(({ phrase }, place) => ({ name: phrase, colour: COLOURS[place] })),
+      this.rows.map(({ phrase }, place) => ({ name: phrase, colour: state.colours[place] })),
       this.active,
     );
   }

@@ -33,6 +33,13 @@ export function samplingSpecs(model, values) {
   ].filter(Boolean);
 }
 
+/** How a prompt is read that is longer than the model's context, of a model that has a choice. */
+export function readingSpecs(model) {
+  const texts = { cut: "cut, with a warning", chunks: "read part by part" };
+  const options = (model.long_prompts ?? []).map((value) => ({ value, text: texts[value] ?? value }));
+  return options.length > 1 ? [{ name: "long_prompts", label: "Long prompts", kind: "choice", options }] : [];
+}
+
 /** Width and height, in the steps and bounds of the model. */
 export function sizeSpecs(model) {
   const step = model.multiple_px ?? 8;
@@ -51,7 +58,10 @@ export function promptSpec(model, name = "prompt", label = "Prompt") {
   return { name, label: "Class", kind: "choice", options: [...model.labels, { value: "", text: "any" }] };
 }
 
-/** A panel of sampling fields; it is built anew for another model, or a sampler with other settings. */
+/**
+ * A panel of sampling fields; it is built anew for another model, or a sampler with other settings. size: with those
+ * that images alone have, not edits and looks inside.
+ */
 export class SamplingPanel {
   constructor(changed, { size = true } = {}) {
     this.node = el("div", { class: "stack" });
@@ -66,9 +76,11 @@ export class SamplingPanel {
     this.made = wanted;
     this.fields = new Fields(samplingSpecs(model, values), values, this.changed);
     this.sizes = new Fields(this.size ? sizeSpecs(model) : [], values, this.changed);
-    this.fields.byName = new Map([...this.fields.byName, ...this.sizes.byName]);
+    this.reading = new Fields(this.size ? readingSpecs(model) : [], values, this.changed);
     this.node.replaceChildren(...this.fields.nodes);
-    if (this.size) this.node.append(el("div", { class: "pair" }, this.sizes.nodes));
+    if (this.size) this.node.append(el("div", { class: "pair" }, this.sizes.nodes), ...this.reading.nodes);
+    const more = [...this.sizes.byName, ...this.reading.byName];
+    this.fields.byName = new Map([...this.fields.byName, ...more]);
   }
 }
 

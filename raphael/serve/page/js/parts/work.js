@@ -1,7 +1,7 @@
 // A job that runs: how far it is, and how it is cancelled (the button, or Escape).
 
 import { Problem } from "../api.js";
-import { button, el, say } from "../dom.js";
+import { button, el, fill, say } from "../dom.js";
 
 export class Work {
   /** starter: the button that begins it; never disabled, which would take the focus from it, and Escape with it. */
@@ -12,7 +12,8 @@ export class Work {
     this.cancelButton = button("Cancel", () => this.cancel(), { class: "small", "aria-keyshortcuts": "Escape" });
     this.running = el("div", { class: "running", hidden: true }, this.bar, this.cancelButton, this.text);
     this.fault = el("p", { class: "notice", role: "alert", hidden: true });
-    this.node = el("div", { class: "work" }, this.running, this.fault);
+    this.warnings = el("div", { role: "status" }); // never hidden: what is put into a region that listens is told
+    this.node = el("div", { class: "work" }, this.running, this.fault, this.warnings);
     this.controller = null;
     document.addEventListener("keydown", (event) => {
       const elsewhere = !this.node.isConnected || document.querySelector("dialog[open]");
@@ -37,6 +38,7 @@ export class Work {
     if (this.busy) return undefined;
     this.controller = new AbortController();
     this.fault.hidden = true;
+    fill(this.warnings);
     this.running.hidden = false;
     this.starter.setAttribute("aria-disabled", "true");
     this.at(0, "Asking");
@@ -67,7 +69,15 @@ export class Work {
         this.at((part + (job.progress ?? 0)) / parts, `${of}${told}`);
         onStep(job);
       },
+      warned: (texts) => this.warn(texts),
     };
+  }
+
+  /** Lines below the button, each text once, until the next job. */
+  warn(texts) {
+    const there = new Set([...this.warnings.children].map((line) => line.textContent));
+    const lines = texts.map((text) => text.charAt(0).toUpperCase() + text.slice(1));
+    for (const line of lines) if (!there.has(line)) this.warnings.append(el("p", { class: "notice" }, line));
   }
 
   at(share, text) {

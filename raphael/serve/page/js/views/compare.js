@@ -10,7 +10,8 @@ import { slider } from "../parts/slider.js";
 import { Work } from "../parts/work.js";
 import { bodyOf, change, changes, defaultsOf, modelOf, state } from "../state.js";
 
-const OWN = ["model", "sampler", "num_inference_steps", "guidance_scale", "guidance_rescale", "eta", "width", "height"];
+const SAMPLING = ["sampler", "num_inference_steps", "guidance_scale", "guidance_rescale", "eta", "long_prompts"];
+const OWN = ["model", ...SAMPLING, "width", "height"];
 
 export function compareView() {
   const submit = el("button", { type: "submit", class: "primary" }, "Compare");
