@@ -85,7 +85,7 @@ def test_its_folder_says_what_it_reads_and_how_well_on_records_that_were_kept_ou
     assert all(0 < one["n"] <= 8 and one["hits"] <= one["n"] for one in meta["heldout"].values())
     _, meta = read_checkpoint(texts / "models/guides/clip")
     assert meta["space"].startswith("latents ") and meta["text"].startswith("texts ") and 1 < meta["scale"] <= 100
-    assert meta["network"]["patch_px"] == 1 and meta["heldout"]["500"]["n"] == 8
+    assert meta["network"].get("patch_px", 1) == 1 and meta["heldout"]["500"]["n"] == 8
     points = json.loads((texts / "models/guides/clip/curves.json").read_text())
     assert points[-1]["images"] == 64 and {"train/loss", "train/accuracy", "train/scale"} <= points[-1].keys()
 
