@@ -35,7 +35,7 @@ from data_pipeline.source.scenes import LAYOUT_SHARES, SHAPES, scene_of_row
 from raphael.base.config.params import load_config
 from raphael.base.images.fit import fit
 from raphael.base.records import LABEL, MOMENTS, NO_LABEL, PIXELS, TOKEN_IDS, Records, RecordWriter
-from raphael.base.stage import Stage, write_json
+from raphael.base.stage import Stage, read_json, write_json
 from raphael.evaluate.features.random_net import RandomNet
 from raphael.evaluate.metrics.frechet import frechet_distance
 from raphael.evaluate.metrics.intervals import wilson
@@ -52,9 +52,9 @@ from raphael.train.loop import Hooks
 PROJECT = Path(__file__).resolve().parents[1]
 SINGLE = {name: float(name == "single") for name in LAYOUT_SHARES}
 HELDOUT_SHARE, DDPM_PX, SCENES_PX = 0.12, 32, 64
-WEIGHTS = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0, 7.5, 10.0)
-CLIP_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
-SCALES = (1.0, 1.3, 1.6, 2.0, 3.0, 5.0)
+WEIGHTS = (0.0, 1.0, 2.0, 4.0, 7.0, 10.0)
+CLIP_WEIGHTS = (0.5, 1.0, 2.0, 4.0, 8.0)
+SCALES = (1.0, 1.3, 1.6, 2.5, 4.0)
 SUITES = ("single", "relation", "count", "text")  # of the held-out prompts
 SMALL = {"network.channels": [8, 16], "network.attention_levels": [1], "network.head_dim": 8, "num_heldout": 16}
 
@@ -147,6 +147,13 @@ def _told(point: dict[str, float]) -> str:
     return f"loss {point['train/loss']:.3f} accuracy {point['train/accuracy']:.3f} {point['train/images_per_s']:.0f}/s"
 
 
+def once(file: Path, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Rows that were measured already by a run that was ended, or measured now."""
+    if not file.is_file():
+        write_json(file, make())
+    return read_json(file)
+
+
 def share(case: str, hits: int, n: int, **more: Any) -> dict[str, Any]:
     low, high = wilson(hits, n)
     return {"case": case, "value": round(hits / n, 4), "low": round(low, 4), "high": round(high, 4), "n": n, **more}
@@ -207,8 +214,8 @@ def outcomes(images: np.ndarray, entries: list[dict[str, Any]], scorer: Any) -> 
 
 def clip_beside_free(
     pipeline: Pipeline, guide: Guide, n: int, points: tuple[tuple[float, ...], ...]
-) -> tuple[list, list]:
-    """(rows, differences at equal CLIP score). n: prompts of each suite."""
+) -> list[dict[str, Any]]:
+    """n: prompts of each suite. points: (scales of classifier-free guidance, weights of CLIP guidance)."""
     listed = heldout_prompts(0, n, SCENES_PX, HELDOUT_SHARE, "guidance/")
     entries = [entry for entry in listed if entry["suite"] in SUITES]
     scorer, prompts = pipeline.scorer(), [entry["prompt"] for entry in entries]
@@ -228,9 +235,9 @@ def clip_beside_free(
                 rows.append(share(f"{name} {value:g}: {what} right", int(told[what].sum()), len(prompts)))
             rows.append({"case": f"{name} {value:g}: Frechet distance", "value": distance(features(images), real)})
     pairs = [found["classifier-free, scale", scale] for scale in scales]
-    return rows, [
-        row for w in weights if w for row in at_equal_score(f"CLIP, weight {w:g}", found["CLIP, weight", w], pairs)
-    ]
+    for w in weights:
+        rows += at_equal_score(f"CLIP, weight {w:g}", found["CLIP, weight", w], pairs)
+    return rows
 
 
 def distance(one: np.ndarray, other: np.ndarray) -> float:
@@ -280,17 +287,16 @@ def main() -> None:
 def measure(given: argparse.Namespace, home: Path) -> None:
     quick, n = given.quick, 2 if given.quick else given.n
     few = {**SMALL, "loop.num_images": 128, "loop.warmup_images": 32, "loop.log_every_images": 64} if quick else {}
+    of_texts = RaphaelPipeline.from_pretrained("scenes")
+    captions = captioned(home / "scenes", of_texts, 200 if quick else 16_000)
+    clip = guide_of(home / "scenes", "clip", of_texts, captions, few)
+    points = ((1.0, 2.0), (2.0,)) if quick else (SCALES, CLIP_WEIGHTS)
+    rows = once(home / f"clip_{n}.json", lambda: clip_beside_free(of_texts, clip, n, points))
     of_classes, records = ddpm(home / "ddpm", 64 if quick else given.ddpm_images, 200 if quick else 12_000)
     classifier = guide_of(home / "ddpm", "classifier", of_classes, records, few)
-    of_texts = RaphaelPipeline.from_pretrained("scenes")
-    clip = guide_of(
-        home / "scenes", "clip", of_texts, captioned(home / "scenes", of_texts, 200 if quick else 16_000), few
-    )
-    rows = [*accuracies(classifier, "classifier"), *accuracies(clip, "CLIP")]
-    rows += classifier_curve(of_classes, classifier, n, (0.0, 10.0) if quick else WEIGHTS)
-    points = ((1.0, 2.0), (0.0, 2.0)) if quick else (SCALES, CLIP_WEIGHTS)
-    beside, differences = clip_beside_free(of_texts, clip, n, points)
-    rows += [*beside, *differences]
+    weights = (0.0, 10.0) if quick else WEIGHTS
+    curve = once(home / f"classifier_{n}.json", lambda: classifier_curve(of_classes, classifier, n, weights))
+    rows = [*accuracies(classifier, "classifier"), *accuracies(clip, "CLIP"), *curve, *rows]
     for row in rows:
         ends = f"  ({row['low']:.3f} to {row['high']:.3f})  n {row['n']}" if "low" in row else ""
         print(f"{row['case']:<88}{row['value']:>8.3f}{ends}{'' if row.get('inside', True) else '  beyond its reach'}")
