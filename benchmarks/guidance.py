@@ -1,8 +1,8 @@
 """Guidance by gradients: how well guides see noised images, what a classifier does to a DDPM, CLIP beside its rival.
 
-1. Accuracy of the classifier (pixels, six shapes) and of the noised CLIP (latents of `scenes`, 64 captions) at
-   timesteps 200, 500 and 800, on records kept out.
-2. Classifier guidance 0 to 10 on a DDPM whose label is never told: shape read as asked, precision and recall beside
+1. Accuracy of classifiers (six shapes; on pixels of a DDPM and latents of `scenes`) and of a noised CLIP (latents of
+   `scenes`, 64 captions) at timesteps 200, 500 and 800, on records kept out.
+2. Classifier guidance 0 to 10 of both models' unconditional branch: shape read as asked, precision and recall beside
    drawn images (random features; Wilson's intervals of both shares).
 3. On the model that comes with the package, CLIP guidance (of the conditional branch, scale 1) beside classifier-free
    guidance: all that the prompt states read right, colours alone, Frechet distance in random features. GLIDE (arXiv
@@ -10,7 +10,7 @@
    equal CLIP score: the curve of classifier-free guidance, interpolated over its score, beside each point of CLIP
    guidance; 95 % intervals of the difference by a bootstrap over prompts.
 
---home FOLDER is where models are trained on first use (a DDPM, a classifier, a CLIP: some 20 minutes of one core) and
+--home FOLDER is where models are trained on first use (a DDPM, two classifiers, a CLIP: 25 minutes of one core) and
 kept. Writes results/guidance-<device>-<yyyymm>.json, unless --quick.
 """
 
@@ -21,7 +21,7 @@ import os
 import random
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from data_pipeline.source.scene_captions import caption, heldout_prompts
 from data_pipeline.source.scene_drawing import draw
 from data_pipeline.source.scenes import LAYOUT_SHARES, SHAPES, scene_of_row
 from raphael.base.config.params import load_config
+from raphael.base.config.sampling import Sampling
 from raphael.base.images.fit import fit
 from raphael.base.records import LABEL, MOMENTS, NO_LABEL, PIXELS, TOKEN_IDS, Records, RecordWriter
 from raphael.base.stage import Stage, read_json, write_json
@@ -174,30 +175,44 @@ def drawn(pipeline: Pipeline, prompts: list[str], **call: Any) -> np.ndarray:
     return np.uint8(np.rint(images * 255))
 
 
-def classifier_curve(pipeline: Pipeline, guide: Guide, each: int, weights: tuple[float, ...]) -> list[dict[str, Any]]:
-    """The unconditional branch alone (guidance_scale 0) with the classifier, and classifier-free guidance beside it."""
-    classes = list(pipeline.classes)
-    prompts = classes * each
-    real = np.stack([fitted(scene, DDPM_PX) for scene in scenes(max(len(prompts), 24), SINGLE, first=10**6)])
-    of_real, rows = features(real), []
+@dataclass(frozen=True)
+class Curve:
+    """Of which model: its name, what it draws by itself, at which side, how it is sampled, and the weights asked."""
+
+    name: str
+    shares: dict[str, float]
+    side: int
+    sampling: Sampling
+    weights: tuple[float, ...]
+    scales: tuple[float, ...]
+
+
+def classifier_curve(pipeline: Pipeline, guide: Guide, each: int, curve: Curve) -> list[dict[str, Any]]:
+    """The unconditional branch alone (guidance_scale 0) with the classifier, and classifier-free guidance beside it.
+
+    Reference: drawn scenes as the model learned them. Shape as asked: of the largest object."""
+    asked = sorted(SHAPES) * each
+    prompts = asked if pipeline.system == "ddpm" else [f"a {shape}" for shape in asked]
+    real = [(scene, fitted(scene, curve.side)) for scene in scenes(max(len(prompts), 24), curve.shares, first=10**6)]
+    of_real, rows = features(np.stack([image for _, image in real])), []
     cases: list[tuple[str, dict[str, Any]]] = [
         (f"classifier, weight {weight:g}", {"guidance_scale": 0.0, "guidance": guide, "guidance_weight": weight})
-        for weight in weights
+        for weight in curve.weights
     ]
-    cases += [(f"classifier-free, scale {scale:g}", {"guidance_scale": scale}) for scale in (1.0, 2.0, 4.0)]
-    sampling = replace(pipeline.defaults, sampler="ddim", steps=25, threshold="static")
+    cases += [(f"classifier-free, scale {scale:g}", {"guidance_scale": scale}) for scale in curve.scales]
     for case, how in cases:
-        images = drawn(pipeline, prompts, sampling=sampling, **how)
-        right = sum(shape_of(read_scene(image)) == prompt for image, prompt in zip(images, prompts, strict=True))
+        images = drawn(pipeline, prompts, sampling=curve.sampling, **how)
+        right = sum(shape_of(read_scene(image)) == shape for image, shape in zip(images, asked, strict=True))
         found = precision_recall(features(images), of_real)
-        rows.append(share(f"{case}: shape as asked", right, len(prompts)))
+        rows.append(share(f"{curve.name}: {case}: shape as asked", right, len(prompts)))
         rows += [
-            share(f"{case}: {name}", round(value * n), n)
+            share(f"{curve.name}: {case}: {name}", round(value * n), n)
             for (name, value), n in zip(found.items(), (len(prompts), len(real)), strict=True)
         ]
-    truth = [scene.things[0].shape for scene in scenes(len(real), SINGLE, first=10**6)]
-    ceiling = sum(shape_of(read_scene(image)) == shape for image, shape in zip(real, truth, strict=True))
-    return [*rows, share("drawn images: shape read right", ceiling, len(real))]
+        print(f"  {rows[-3]['case']} {rows[-3]['value']:.3f}, recall {rows[-1]['value']:.3f}", flush=True)
+    single = [(scene.things[0].shape, image) for scene, image in real if len(scene.things) == 1]
+    ceiling = sum(shape_of(read_scene(image)) == shape for shape, image in single)
+    return [*rows, share(f"{curve.name}: drawn images: shape read right", ceiling, len(single))]
 
 
 Outcomes = dict[str, np.ndarray]  # of each prompt: "score" (the cosine), "whole", "colour"
@@ -278,49 +293,72 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="models of a few steps; keeps nothing")
     parser.add_argument("--home", type=Path, help="where models are kept (default: a folder that goes with the run)")
     parser.add_argument("--ddpm-images", type=int, default=88_000, help="of its training (default: %(default)s)")
+    parser.add_argument("--classifier-images", type=int, help="of its training (default: as classifier.yaml says)")
+    parser.add_argument("--only", choices=("scenes", "ddpm"), help="one model; kept as guidance_<model>")
     parser.add_argument("-n", type=int, default=60, help="prompts of a suite, images of a class (default: %(default)s)")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        measure(given, (given.home or Path(temporary)).resolve())
-
-
-def measure(given: argparse.Namespace, home: Path) -> None:
-    quick, n = given.quick, 2 if given.quick else given.n
-    few = {**SMALL, "loop.num_images": 128, "loop.warmup_images": 32, "loop.log_every_images": 64} if quick else {}
-    of_texts = RaphaelPipeline.from_pretrained("scenes")
-    captions = captioned(home / "scenes", of_texts, 200 if quick else 16_000)
-    clip = guide_of(home / "scenes", "clip", of_texts, captions, few)
-    points = ((1.0, 2.0), (2.0,)) if quick else (SCALES, CLIP_WEIGHTS)
-    rows = once(home / f"clip_{n}.json", lambda: clip_beside_free(of_texts, clip, n, points))
-    of_classes, records = ddpm(home / "ddpm", 64 if quick else given.ddpm_images, 200 if quick else 12_000)
-    classifier = guide_of(home / "ddpm", "classifier", of_classes, records, few)
-    weights = (0.0, 10.0) if quick else WEIGHTS
-    curve = once(home / f"classifier_{n}.json", lambda: classifier_curve(of_classes, classifier, n, weights))
-    rows = [*accuracies(classifier, "classifier"), *accuracies(clip, "CLIP"), *curve, *rows]
+        home, rows, facts = (given.home or Path(temporary)).resolve(), [], {}
+        few = {**SMALL, "loop.num_images": 128, "loop.warmup_images": 32, "loop.log_every_images": 64}
+        few = few if given.quick else {}
+        for name, section in (("scenes", of_scenes), ("ddpm", of_ddpm)):
+            if given.only in (None, name):
+                rows += section(given, home, few, facts)
     for row in rows:
         ends = f"  ({row['low']:.3f} to {row['high']:.3f})  n {row['n']}" if "low" in row else ""
         print(f"{row['case']:<88}{row['value']:>8.3f}{ends}{'' if row.get('inside', True) else '  beyond its reach'}")
-    if not quick:
-        value = {row["case"]: row["value"] for row in rows}
-        best = max(value[f"classifier, weight {weight:g}: shape as asked"] for weight in WEIGHTS)
-        summary = [
-            judged(
-                "classifier guidance: shape as asked, of its ceiling",
-                best,
-                value["drawn images: shape read right"],
-                "share",
-                ">= 0.85",
-            ),
-            judged(
-                "recall, weight 10 beside 0",
-                value["classifier, weight 10: recall"],
-                max(value["classifier, weight 0: recall"], 1e-9),
-                "share",
-                "<= 1.0",
-            ),
-        ]
-        about = {"model": of_texts.identity, "ddpm": of_classes.identity, "ddpm_images": of_classes.meta["images_seen"]}
-        keep("guidance", rows, summary, guides=[classifier.name, clip.name], **about)
+    if not given.quick:
+        keep("guidance" + (f"_{given.only}" if given.only else ""), rows, summary_of(rows), **facts)
+
+
+def of_scenes(
+    given: argparse.Namespace, home: Path, few: dict[str, Any], facts: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The model that comes with the package: both guides on latents."""
+    quick, n = given.quick, 2 if given.quick else given.n
+    pipeline = RaphaelPipeline.from_pretrained("scenes")
+    records = captioned(home / "scenes", pipeline, 200 if quick else 16_000)
+    clip = guide_of(home / "scenes", "clip", pipeline, records, few)
+    points = ((1.0, 2.0), (2.0,)) if quick else (SCALES, CLIP_WEIGHTS)
+    rows = once(home / f"clip_{n}.json", lambda: clip_beside_free(pipeline, clip, n, points))
+    classifier = guide_of(home / "scenes", "classifier", pipeline, records, changed(given) | few)
+    curve = Curve("scenes", LAYOUT_SHARES, SCENES_PX, pipeline.defaults, (0.0, 10.0) if quick else WEIGHTS, (1.0,))
+    more = once(home / f"scenes_{n}.json", lambda: classifier_curve(pipeline, classifier, n, curve))
+    facts |= {"model": pipeline.identity, "scenes_guides": [classifier.name, clip.name]}
+    seen = [*accuracies(classifier, "scenes: classifier"), *accuracies(clip, "scenes: CLIP")]
+    return [*seen, *more, *rows]
+
+
+def of_ddpm(given: argparse.Namespace, home: Path, few: dict[str, Any], facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """A DDPM of classes whose label is never told."""
+    quick, n = given.quick, 2 if given.quick else given.n
+    pipeline, records = ddpm(home / "ddpm", 64 if quick else given.ddpm_images, 200 if quick else 12_000)
+    classifier = guide_of(home / "ddpm", "classifier", pipeline, records, changed(given) | few)
+    sampling = replace(pipeline.defaults, sampler="ddim", steps=25, threshold="static")
+    curve = Curve("ddpm", SINGLE, DDPM_PX, sampling, (0.0, 10.0) if quick else WEIGHTS, (1.0, 2.0, 4.0))
+    rows = once(home / f"ddpm_{n}.json", lambda: classifier_curve(pipeline, classifier, n, curve))
+    facts |= {"ddpm": pipeline.identity, "ddpm_images": pipeline.meta["images_seen"], "ddpm_guide": classifier.name}
+    return [*accuracies(classifier, "ddpm: classifier"), *rows]
+
+
+def changed(given: argparse.Namespace) -> dict[str, Any]:
+    return {"loop.num_images": given.classifier_images} if given.classifier_images else {}
+
+
+def summary_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is hoped for: the shape that is asked for, of its ceiling; recall falls."""
+    value, found = {row["case"]: row["value"] for row in rows}, []
+    for name in ("scenes", "ddpm"):
+        asked = [value[case] for case in value if case.startswith(f"{name}: classifier, weight") and "as asked" in case]
+        if not asked:
+            continue
+        ceiling = value[f"{name}: drawn images: shape read right"]
+        found.append(
+            judged(f"{name}: shape as asked by a classifier, of its ceiling", max(asked), ceiling, "share", ">= 0.85")
+        )
+        ends = [max(value[f"{name}: classifier, weight {weight:g}: recall"], 1e-9) for weight in (10.0, 0.0)]
+        found.append(judged(f"{name}: recall at weight 10 beside 0", *ends, "share", "<= 1.0"))
+    return found
 
 
 if __name__ == "__main__":

@@ -118,7 +118,8 @@ def load_guide(spec: str | Guide, weights: str = "ema") -> Guide:
         return spec
     kind, colon, place = str(spec).partition(":")
     if kind not in KINDS or (colon and not place):
-        raise StageError(f"guidance: got {spec!r}, expected {EXPECTED}")
+        hint = "" if isinstance(spec, str | Path) else "; a number is guidance_scale, or with a guide guidance_weight"
+        raise StageError(f"guidance: got {spec!r}, expected {EXPECTED}{hint}")
     folder = Path(place) if place else HOME / kind
     if not (folder / "manifest.json").is_file():
         raise StageError(

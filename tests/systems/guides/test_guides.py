@@ -178,6 +178,7 @@ def test_a_class_is_named_by_the_prompt_or_by_one_word_of_it(home) -> None:
     ("spec", "message"),
     [
         ("edges:x", "guidance: got 'edges:x', expected classifier:PATH or clip:PATH"),
+        (7.5, "guidance: got 7.5, expected classifier:PATH or clip:PATH; a number is guidance_scale"),
         ("classifier:", "guidance: got 'classifier:', expected classifier:PATH"),
         ("classifier:nowhere", r"no classifier there; train one beside your model: raphael train --guide classifier"),
         ("clip:{home}/models/guides/classifier", "got a classifier, expected a clip"),
@@ -187,7 +188,7 @@ def test_a_class_is_named_by_the_prompt_or_by_one_word_of_it(home) -> None:
 )
 def test_a_guide_that_is_not_there_says_how_to_train_one(spec, message, home) -> None:
     with pytest.raises(StageError, match=message) as error:
-        load_guide(spec.format(home=home))
+        load_guide(spec.format(home=home) if isinstance(spec, str) else spec)
     assert "\n" not in str(error.value)
 
 
