@@ -8,7 +8,7 @@
    guidance: all that the prompt states read right, colours alone, Frechet distance in random features. GLIDE (arXiv
    2112.10741) finds by human judges that classifier-free guidance wins though CLIP guidance scores higher by a CLIP. At
    equal CLIP score: the curve of classifier-free guidance, interpolated over its score, beside each point of CLIP
-   guidance; 95 % intervals of the difference by a bootstrap over prompts.
+   guidance, up to the scale where it is highest; 95 % intervals of the difference by a bootstrap over prompts.
 
 --home FOLDER is where models are trained on first use (a DDPM, two classifiers, a CLIP: 25 minutes of one core) and
 kept. Writes results/guidance-<device>-<yyyymm>.json, unless --quick.
@@ -261,22 +261,24 @@ def distance(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def at_equal_score(name: str, clip: Outcomes, free: list[Outcomes]) -> Iterator[dict[str, Any]]:
-    """Classifier-free guidance less CLIP guidance, where both have the CLIP score of the latter. `inside`: whether
+    """Classifier-free guidance less CLIP guidance, where both have the CLIP score of the latter. free: by rising scale;
+    beyond the scale of the highest score more guidance only loses, so the curve ends there. `inside`: whether
     classifier-free guidance reaches that score at all; where it does not, its nearest end stands there."""
     for what in ("whole", "colour"):
 
         def less(rows: np.ndarray, what: str = what) -> float:
-            scores = np.array([one["score"][rows].mean() for one in free])
-            values = np.array([one[what][rows].mean() for one in free])
-            order = np.argsort(scores)
-            at = float(np.interp(clip["score"][rows].mean(), scores[order], values[order]))
-            return at - float(clip[what][rows].mean())
+            scores = [one["score"][rows].mean() for one in free]
+            rising = range(int(np.argmax(scores)) + 1)
+            values = [free[number][what][rows].mean() for number in rising]
+            order = sorted(rising, key=scores.__getitem__)
+            at = np.interp(clip["score"][rows].mean(), [scores[k] for k in order], [values[k] for k in order])
+            return float(at) - float(clip[what][rows].mean())
 
         n = len(clip["score"])
         low, high = interval(less, n)
         scores = [one["score"].mean() for one in free]
         told = {"value": round(less(np.arange(n)), 4), "low": low, "high": high, "n": n}
-        inside = bool(min(scores) <= clip["score"].mean() <= max(scores))
+        inside = bool(scores[0] <= clip["score"].mean() <= max(scores))
         yield {"case": f"classifier-free less {name}, equal CLIP score: {what} right", **told, "inside": inside}
 
 
