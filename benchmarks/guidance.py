@@ -354,9 +354,10 @@ def summary_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         asked = [value[case] for case in value if case.startswith(f"{name}: classifier, weight") and "as asked" in case]
         if not asked:
             continue
+        target = ">= 0.85" if name == "ddpm" else ""
         ceiling = value[f"{name}: drawn images: shape read right"]
         found.append(
-            judged(f"{name}: shape as asked by a classifier, of its ceiling", max(asked), ceiling, "share", ">= 0.85")
+            judged(f"{name}: shape as asked by a classifier, of its ceiling", max(asked), ceiling, "share", target)
         )
         ends = [max(value[f"{name}: classifier, weight {weight:g}: recall"], 1e-9) for weight in (10.0, 0.0)]
         found.append(judged(f"{name}: recall at weight 10 beside 0", *ends, "share", "<= 1.0"))
