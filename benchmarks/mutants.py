@@ -23,6 +23,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
 LIMIT_S = 300  # a mutant that makes a test run for ever is killed, too
+OURS = ("raphael", "data_pipeline", "flows", "benchmarks", "_machine")
 DESELECTED = "not slow and not gpu and not soak"
 
 TESTS = {  # by the file's beginning, the longest that fits: the tests beside it
@@ -106,6 +107,8 @@ def fails(tree: Path, tests: list[str]) -> tuple[bool, float]:
         os.chdir(tree)
         sys.path[:] = [str(tree), str(tree / "tests"), *[path for path in sys.path if path != str(PROJECT)]]
         os.environ["PYTHONPATH"] = str(tree)
+        for name in [name for name in sys.modules if name.split(".")[0] in OURS]:
+            del sys.modules[name]  # read before the fork, from where no mutant is
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             import pytest
 

@@ -6,6 +6,8 @@ stage up to date. The same command resumes where it stopped; other settings trai
 
 --lora RANK trains low rank beside the frozen weights instead (LoRA): WORKSPACE/lora.safetensors is what it leaves, and
 models/raphael in the workspace the model with it.
+
+--guide classifier|clip is another program: a guide of a model's sampling (raphael train --guide classifier --help).
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from raphael.base.config.sampling import Sampling
     from raphael.generate.pipeline import Pipeline, PipelineOutput
+    from raphael.systems.guides.guide import Guide
 
 STRENGTH = 0.6  # of --image, as of `raphael edit image`
 
@@ -33,6 +34,10 @@ def add(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--strength", type=float, metavar="SHARE", help=text)
     add_sampling(command)
     add_lora(command)
+    text = "follow the gradients of a guide (raphael train --guide): classifier:PATH or clip:PATH"
+    command.add_argument("--guidance", metavar="KIND:PATH", help=text)
+    text = "how far (default: 1); --guidance-scale is another, the model's own"
+    command.add_argument("--guidance-weight", type=float, metavar="W", help=text)
     devices.add_option(command)
     command.add_argument("--batch-size", type=int, default=50, help="images at a time (default: %(default)s)")
     command.add_argument(
@@ -66,7 +71,7 @@ def _size(text: str) -> tuple[int, int]:
 
 def _generate(arguments: argparse.Namespace) -> None:
     from raphael.generate.metadata import picture_sha256
-    from raphael.generate.prompt_file import default_out, generate_file, listed_prompts
+    from raphael.generate.prompt_file import default_out, generate_file, listed_prompts, told_guide
 
     if arguments.num_images < 1:
         raise StageError(f"--num-images: got {arguments.num_images}, expected at least 1")
@@ -88,6 +93,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.show_edges and not pipeline.can_look_inside:
         raise StageError(f"--show-edges: got it for the system {pipeline.system}, which has no maps; leave it out")
     sampling = chosen_sampling(arguments, pipeline.defaults)
+    arguments.guidance = opened_guide(arguments)
     if listed:
         print(generate_file(arguments, sampling, listed, pipeline))
         return
@@ -95,11 +101,24 @@ def _generate(arguments: argparse.Namespace) -> None:
     picture = fitted(pipeline, arguments.image, arguments.size) if arguments.image else None
     result = _call(arguments, pipeline, sampling, picture)
     begun = {"image_sha256": picture_sha256(picture), "strength": arguments.strength} if arguments.image else {}
+    begun |= told_guide(arguments.guidance, arguments.guidance_weight)
     entries = _write(arguments, pipeline, sampling, result, begun)
     if arguments.show_edges:
         _write_sheets(result, entries, arguments.out / "inside")
     for entry in entries:
         print(arguments.out / entry["file"])
+
+
+def opened_guide(arguments: argparse.Namespace) -> Guide | None:
+    """Of --guidance. Raises StageError."""
+    from raphael.systems.guides.guide import load_guide
+
+    if arguments.guidance is not None:
+        return load_guide(arguments.guidance)
+    if arguments.guidance_weight is not None:
+        got = f"{arguments.guidance_weight:g} without --guidance"
+        raise StageError(f"--guidance-weight: got {got}, expected classifier:PATH or clip:PATH there")
+    return None
 
 
 def _check_image(arguments: argparse.Namespace) -> None:
@@ -120,6 +139,8 @@ def _call(
         "negative_prompt": arguments.negative_prompt or None,
         "num_images_per_prompt": arguments.num_images,
         "sampling": sampling,
+        "guidance": arguments.guidance,
+        "guidance_weight": arguments.guidance_weight,
         "seed": arguments.seed,
         "image": picture,
         "strength": arguments.strength,
@@ -138,7 +159,7 @@ def _write(
     result: PipelineOutput,
     begun: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """PNGs and images.json. begun: of image to image, what they began from. -> its entries."""
+    """PNGs and images.json. begun: of image to image, what they began from, and of the guide. -> its entries."""
     from raphael.generate.metadata import Made, batch_of, chunk
     from raphael.generate.prompt_file import settings_used
 
@@ -169,10 +190,12 @@ def _generate_again(arguments: argparse.Namespace) -> None:
         f"--{name.replace('_', '-')}" for name in vars(made.sampling) if getattr(arguments, name) is not None
     ]:
         raise StageError(f"--from: got {changed[0]} with it, expected the picture's own settings alone")
+    if arguments.guidance_weight is not None:
+        raise StageError("--from: got --guidance-weight with it, expected the picture's own settings alone")
     pipeline = open_pipeline(arguments)
     height, width = made.size_px
     picture = fitted(pipeline, arguments.image, (height, width)) if arguments.image else None
-    image = make_again(pipeline, made, picture)
+    image = make_again(pipeline, made, picture, arguments.guidance)
     arguments.out = arguments.out or Path("generated") / f"{arguments.made_from.stem}-again"
     arguments.out.mkdir(parents=True, exist_ok=True)
     file = arguments.out / f"{made.first + made.row:05d}.png"

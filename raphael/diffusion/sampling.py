@@ -31,13 +31,15 @@ from raphael.net.condition import Condition
 if TYPE_CHECKING:
     from raphael.net.unet import UNet, UNetOutput
 
+Wrap = Callable[[Denoiser], Denoiser]
+
 
 @dataclass(frozen=True)
 class Parts:
     """What sampling needs, as functions, so that a training run hands over what it holds in memory.
 
     encode: texts -> Condition; decode: scaled latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1];
-    latent_shape: (C, h, w) of one image.
+    latent_shape: (C, h, w) of one image. guide: texts -> what wraps the denoiser of images of them, None: nothing does.
     """
 
     unet: UNet
@@ -46,6 +48,7 @@ class Parts:
     encode: Callable[[list[str]], Condition]
     decode: Callable[[Tensor], Tensor]
     latent_shape: tuple[int, int, int]
+    guide: Callable[[list[str]], Wrap] | None = None
 
 
 def sampling_of(config: GenerateConfig) -> Sampling:
@@ -78,7 +81,8 @@ class Order:
 
     noise: start() and noise(step), standard normal (B, C, h, w); null: the unconditional row, one for all or B.
     sigmas: (steps + 1,) falling to 0, None: the schedule's, settings.steps of them. scheduled: a diffusers scheduler in
-    place of settings.sampler and of sigmas (raphael/diffusion/scheduler.py). collect: of NetworkDenoiser.
+    place of settings.sampler and of sigmas (raphael/diffusion/scheduler.py). collect: of NetworkDenoiser. wrap: of
+    `guided_denoiser`.
     """
 
     cond: Condition
@@ -89,6 +93,7 @@ class Order:
     scheduled: Scheduled | None = None
     callback: Callback | Watch | None = None
     collect: Callable[[UNetOutput], None] | None = None
+    wrap: Wrap | None = None
 
 
 def generate_latents(
@@ -106,14 +111,15 @@ def generate_latents(
     noise = ImageNoise(seeds, parts.latent_shape, next(parts.unet.parameters()).device)
     with torch.inference_mode():
         cond, null = encode_texts(parts, prompts), encode_texts(parts, [negative_prompt])
-    return sample_order(parts, Order(cond, null, noise, settings, callback=callback))
+    wrap = parts.guide(prompts) if parts.guide else None
+    return sample_order(parts, Order(cond, null, noise, settings, callback=callback, wrap=wrap))
 
 
 @torch.inference_mode()
 def sample_order(parts: Parts, order: Order) -> Tensor:
     """Scaled latents (B, C, h, w) of one batch."""
     settings, device = order.settings, next(parts.unet.parameters()).device
-    denoiser = guided_denoiser(parts, settings, order.null, order.collect)
+    denoiser = guided_denoiser(parts, settings, order.null, order.collect, order.wrap)
     remembering = getattr(parts.unet, "remembering", contextlib.nullcontext)  # of texts, where a network reads any
     with evaluating(parts.unet), remembering(), autocast(settings.precision, device):
         if order.scheduled is not None:
@@ -124,11 +130,16 @@ def sample_order(parts: Parts, order: Order) -> Tensor:
 
 
 def guided_denoiser(
-    parts: Parts, settings: Sampling, null: Condition, collect: Callable[[UNetOutput], None] | None = None
+    parts: Parts,
+    settings: Sampling,
+    null: Condition,
+    collect: Callable[[UNetOutput], None] | None = None,
+    wrap: Wrap | None = None,
 ) -> Denoiser:
     """The network as a Denoiser, guided, then (where asked for) thresholded: guidance is what drives values out.
 
-    null: of the unconditional branch, one row or one for each sample. collect: of NetworkDenoiser.
+    null: of the unconditional branch, one row or one for each sample. collect: of NetworkDenoiser. wrap: acts on what
+    classifier-free guidance returns, as gradients of a classifier do.
     """
     denoiser: Denoiser = ClassifierFreeGuidance(
         NetworkDenoiser(parts.unet, parts.schedule, parts.prediction, collect),
@@ -137,6 +148,7 @@ def guided_denoiser(
         parts.schedule.sigma_bounds(*settings.guidance_interval),
         settings.guidance_rescale,
     )
+    denoiser = wrap(denoiser) if wrap else denoiser
     if settings.threshold == "none":
         return denoiser
     return Thresholded(denoiser, settings.threshold, settings.threshold_percentile, settings.threshold_bound)

@@ -16,6 +16,7 @@ from raphael.generate.metadata import Made, chunk
 if TYPE_CHECKING:
     from raphael.diffusion.sampling import Sampling
     from raphael.generate.pipeline import RaphaelPipeline
+    from raphael.systems.guides.guide import Guide
 
 LISTING = "images.json"
 ImageEntry = dict[str, Any]
@@ -24,7 +25,7 @@ ImageEntry = dict[str, Any]
 @dataclass(frozen=True)
 class How:
     """How a list of images is generated. size_px: (height, width), None: the first that the model was trained at.
-    metadata: PNGs say how they were made (metadata.py)."""
+    metadata: PNGs say how they were made (metadata.py). guide, guidance_weight: of gradients, as a call has them."""
 
     sampling: Sampling
     seed: int = 0
@@ -32,6 +33,8 @@ class How:
     negative_prompt: str = ""
     size_px: tuple[int, int] | None = None
     metadata: bool = False
+    guide: Guide | None = None
+    guidance_weight: float | None = None
 
 
 def read_prompt_list(file: Path) -> dict[str, Any]:
@@ -94,18 +97,21 @@ def generate_entries(pipeline: RaphaelPipeline, block: list[ImageEntry], how: Ho
     from PIL import Image
 
     from raphael.diffusion.sampling import generate_images
+    from raphael.systems.guides.guide import guided, told
 
     seeds = [(entry["seed"], 0) if "seed" in entry else (how.seed, entry["index"]) for entry in block]
     reader, prompts = pipeline.reader(how.sampling, weighted=False), [entry["prompt"] for entry in block]
     parts = pipeline.parts(*(how.size_px or (None, None)), reader)
+    parts = guided(pipeline, parts, how.guide, how.guidance_weight)
     images = generate_images(parts, prompts, seeds, how.sampling, how.negative_prompt, batch_size=len(block))
+    of_guide = told(how.guide, how.guidance_weight)
     for row, (entry, image) in enumerate(zip(block, images, strict=True)):
         info = None
         if how.metadata:
             own = tuple(seeds) if any("seed" in entry for entry in block) else ()
             made = (pipeline.identity, how.seed, block[0]["index"], row, tuple(prompts))
             size_px = (image.shape[0], image.shape[1])
-            info = chunk(Made(*made, how.negative_prompt, how.sampling, size_px, own, as_written=True))
+            info = chunk(Made(*made, how.negative_prompt, how.sampling, size_px, own, as_written=True, **of_guide))
         with written_whole(folder / entry["file"]) as temporary:
             Image.fromarray(image).save(temporary, format="PNG", pnginfo=info)
 

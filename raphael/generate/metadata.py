@@ -44,7 +44,8 @@ class Made:
 
     first: the number of the batch's first image, so its own is first + row. size_px: (height, width).
     seeds: (seed, number) of each row, where they are not (seed, first + row). as_written: brackets are letters, as in
-    a file of prompts. image_sha256, strength: of the picture that image to image began from.
+    a file of prompts. image_sha256, strength: of the picture that image to image began from. guidance,
+    guidance_weight: of the guide whose gradients it followed, kind:identity.
     """
 
     model: str
@@ -59,6 +60,8 @@ class Made:
     as_written: bool = later(False)
     image_sha256: str = later("")
     strength: float = later(1.0)
+    guidance: str = later("")
+    guidance_weight: float = later(1.0)
 
     @property
     def prompt(self) -> str:
@@ -99,6 +102,8 @@ def a1111(made: Made) -> str:
         told["Eta"] = f"{how.eta:g}"
     if made.image_sha256:
         told["Denoising strength"] = f"{made.strength:g}"
+    if made.guidance:
+        told["Guided by"] = f"{made.guidance} x {made.guidance_weight:g}"
     if number:
         told["Image number"] = number
     lines = [made.prompt, *([f"Negative prompt: {made.negative_prompt}"] if made.negative_prompt else [])]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from raphael.generate.pipeline import RaphaelPipeline
+    from raphael.systems.guides.guide import Guide
 
 LONGEST_NAME = 60
 
@@ -31,6 +32,13 @@ def settings_used(
     asked = {"seed": arguments.seed, **told(sampling), "negative_prompt": arguments.negative_prompt}
     bf16 = {"precision": "bf16"} if wants_bf16(sampling.precision, device) else {}
     return {**asked, "size_px": list(size_px), **bf16}
+
+
+def told_guide(guide: Guide | None, weight: float | None) -> dict[str, Any]:
+    """What images.json and PNGs tell of the guide that they followed; {} without one."""
+    from raphael.systems.guides.guide import told
+
+    return told(guide, weight)
 
 
 def default_out(arguments: argparse.Namespace) -> Path:
@@ -62,8 +70,11 @@ def generate_file(
     from raphael.generate.pipeline import default_size
 
     size_px = arguments.size or default_size(pipeline.meta["picture"])
-    how = How(sampling, arguments.seed, arguments.batch_size, arguments.negative_prompt, size_px, arguments.metadata)
+    guided = (arguments.guidance, arguments.guidance_weight)
+    first = (sampling, arguments.seed, arguments.batch_size, arguments.negative_prompt)
+    how = How(*first, size_px, arguments.metadata, *guided)
     settings = settings_used(arguments, sampling, size_px, pipeline.device) | pipeline.told_adapters()
+    settings |= told_guide(*guided)
     with tqdm(total=len(entries), unit=" images", desc="generate", dynamic_ncols=True) as bar:
         generate_list(pipeline, entries, how, settings, arguments.out, bar.update)
     return f"{arguments.out}: {len(entries):,} images of {len(listed['prompts']):,} prompts, and images.json"

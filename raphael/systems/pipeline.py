@@ -11,10 +11,9 @@ import torch
 
 from raphael.base.checkpoint.folder import Stored
 from raphael.base.config.preset import DiffusionConfig
-from raphael.base.config.sampling import OWN, Sampling
+from raphael.base.config.sampling import Sampling
 from raphael.base.config.systems import DEFAULT, expect_system, find_system, system_of
 from raphael.base.integrity.contents import check_contents, model_sha256
-from raphael.base.strict import load, to_dict
 from raphael.diffusion.noise import noise_of
 from raphael.diffusion.prediction import prediction_of
 from raphael.diffusion.samplers import Callback
@@ -23,6 +22,7 @@ from raphael.diffusion.scheduler import OwnScheduler, expect_fit, scheduler_conf
 from raphael.net.condition import Condition
 from raphael.systems import module_of
 from raphael.systems.exchange.opening import Opened, open_pretrained, save_pretrained
+from raphael.systems.guides.guide import Guide, guided
 from raphael.systems.halves import cast, expect_type, is_halved
 from raphael.systems.lora.adapters import Adaptable
 from raphael.systems.output import PipelineOutput, as_type
@@ -35,6 +35,8 @@ from raphael.systems.request import (
     Origin,
     Start,
     Texts,
+    chosen_sampling,
+    default_size,
     read_images,
     read_words,
     refuse_unknown,
@@ -184,6 +186,8 @@ class Pipeline(Adaptable):
         eta: float | None = None,
         guidance_rescale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        guidance: str | Guide | None = None,
+        guidance_weight: float | None = None,
         image: Images | None = None,
         strength: float = 0.8,
         seed: int = 0,
@@ -218,16 +222,11 @@ class Pipeline(Adaptable):
         named |= {"guidance_interval": guidance_interval, "guidance_rescale": guidance_rescale}
         how, options = self._how(sampling, {name: value for name, value in named.items() if value is not None})
         parts = self.parts(*size_of(height, width, pictures), self.reader(how))
-        job = Job(
-            parts,
-            words,
-            Start(seed, generator, latents),
-            how,
-            options,
-            (timesteps, sigmas),
-            watching(self, callback_on_step_end, callback_on_step_end_tensor_inputs, callback),
-            self._origin(pictures, parts, strength, num_images_per_prompt),
-        )
+        parts = guided(self, parts, guidance, guidance_weight)
+        watch = watching(self, callback_on_step_end, callback_on_step_end_tensor_inputs, callback)
+        origin = self._origin(pictures, parts, strength, num_images_per_prompt)
+        start = Start(seed, generator, latents)
+        job = Job(parts, words, start, how, options, (timesteps, sigmas), watch, origin)
         result = self.generate(job, output_type, collect, progress)
         return result if return_dict else (result.images,)
 
@@ -315,6 +314,14 @@ class Pipeline(Adaptable):
         return Parts(self.unet, self.schedule, self.prediction, encode or self.encode, self.decode, shape)
 
     downsampling = 1  # px to a side of what is diffused
+    latent_scale = (1.0, 0.0)  # (factor, shift): what is diffused is (mean - shift) * factor of what records hold
+    space = "pixels"  # what is diffused, by a name that differs where it does
+    text_space = "no texts"  # the same of the vectors of `embed_texts`
+    reads_prompts = True  # false: of an unconditional model; only a guide reads them (raphael/systems/guides)
+
+    def embed_texts(self, texts: list[str]) -> torch.Tensor:
+        """(n, D): each text as one vector of a CLIP's space. Raises ValueError where the system has no such encoder."""
+        raise ValueError(f"clip: the system {self.system} has no text encoder of its own, expected a classifier")
 
     @property
     def multiple_px(self) -> int:
@@ -376,23 +383,3 @@ class Pipeline(Adaptable):
     def can_look_inside(self) -> bool:
         """Whether the system has maps or routes to show."""
         return type(self).look_inside is not Pipeline.look_inside
-
-
-def chosen_sampling(meta: dict[str, Any]) -> Sampling:
-    """How a model wants to be sampled: its meta.json's `sampling`, those options that are there, over the defaults.
-
-    Raises ConfigError, a ValueError, for unknown names and wrong values.
-    """
-    own = meta.get("sampling", {})
-    if unknown := own.keys() - set(OWN):
-        raise ValueError(f"meta.json: sampling: got {', '.join(sorted(unknown))}, expected some of {', '.join(OWN)}")
-    return load(Sampling, {**to_dict(Sampling()), **own}, "meta.json", "sampling")
-
-
-def default_size(picture: dict[str, Any]) -> tuple[int, int]:
-    """(height, width) in px of images generated without asking for a size: the first that the model was trained at.
-
-    picture: of a pipeline's meta.json. Those of models with one size only may name it by height_px and width_px.
-    """
-    height, width = picture["sizes_px"][0] if "sizes_px" in picture else (picture["height_px"], picture["width_px"])
-    return height, width

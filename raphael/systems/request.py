@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from raphael.base.config.sampling import OWN, Sampling
+from raphael.base.strict import load, to_dict
 from raphael.diffusion.image_noise import BatchNoise, FromImage, GeneratorNoise, ImageNoise, ImageSeed, StartedFrom
 from raphael.diffusion.noise import RectifiedFlow
 from raphael.diffusion.samplers import Callback, Watch
@@ -239,6 +240,10 @@ class Job:
     def check(self) -> None:
         """Raises ValueError for noise that does not fit the images."""
         self.start.check(len(self.words.prompts), self.parts.latent_shape)
+        if self.parts.guide is not None and self.words.given is not None:
+            raise ValueError("guidance: got it with prompt_embeds, expected prompts: the guide reads them")
+        if self.parts.guide is not None:
+            self.parts.guide(self.words.prompts)  # one that it cannot be asked for is said now
 
     def order(self, part: range, scheduler: Any) -> Order:
         """What is to be sampled for those images. scheduler: of diffusers, or None."""
@@ -258,7 +263,28 @@ class Job:
             asked = {name: list(value) for name, value in named.items() if value is not None}
             asked = asked or {"num_inference_steps": self.settings.steps}
             scheduled = Scheduled(scheduler, asked, self.start.generators(part), self.options)
-        return Order(cond, null, noise, self.settings, levels, scheduled, self.watch)
+        wrap = self.parts.guide(self.words.prompts[rows]) if self.parts.guide else None
+        return Order(cond, null, noise, self.settings, levels, scheduled, self.watch, wrap=wrap)
+
+
+def chosen_sampling(meta: dict[str, Any]) -> Sampling:
+    """How a model wants to be sampled: its meta.json's `sampling`, those options that are there, over the defaults.
+
+    Raises ConfigError, a ValueError, for unknown names and wrong values.
+    """
+    own = meta.get("sampling", {})
+    if unknown := own.keys() - set(OWN):
+        raise ValueError(f"meta.json: sampling: got {', '.join(sorted(unknown))}, expected some of {', '.join(OWN)}")
+    return load(Sampling, {**to_dict(Sampling()), **own}, "meta.json", "sampling")
+
+
+def default_size(picture: dict[str, Any]) -> tuple[int, int]:
+    """(height, width) in px of images generated without asking for a size: the first that the model was trained at.
+
+    picture: of a pipeline's meta.json. Those of models with one size only may name it by height_px and width_px.
+    """
+    height, width = picture["sizes_px"][0] if "sizes_px" in picture else (picture["height_px"], picture["width_px"])
+    return height, width
 
 
 def refuse_unknown(unknown: dict[str, Any], call: Callable[..., Any]) -> None:

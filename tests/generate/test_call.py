@@ -210,7 +210,7 @@ def test_an_interrupted_call_returns_what_stands_there_and_the_next_one_is_whole
     ("wrong", "near"),
     [
         ("num_inference_step", "did you mean num_inference_steps?"),
-        ("guidance", "did you mean guidance_scale?"),
+        ("guidance_scal", "did you mean guidance_scale?"),
         ("cross_attention_kwargs", "docs/guides/generate.md lists what there is"),
         ("n_images_per_prompt", "did you mean num_images_per_prompt?"),
         ("steps", "did you mean num_inference_steps?"),

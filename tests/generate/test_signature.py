@@ -23,7 +23,7 @@ NOT_HERE = {  # and why
 OURS = {
     "image", "strength",  # of StableDiffusionImg2ImgPipeline
     "sampling", "seed", "guidance_interval", "prompt_attention_mask", "negative_prompt_attention_mask", "collect",
-    "progress", "callback",
+    "progress", "callback", "guidance", "guidance_weight",  # the last two of gradients (raphael/systems/guides)
 }  # fmt: skip
 METHODS = {  # of DiffusionPipeline; a method's own arguments that are here
     "from_pretrained": {"pretrained_model_name_or_path"},

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from raphael.base.manifest import ManifestError, file_entry
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 LARGEST_FILE = 5 * 10**9  # bytes of tensors; a larger tensor has a file of its own
 
@@ -183,6 +183,15 @@ def tensor_hash(tensor: Tensor) -> str:
     import xxhash
 
     return xxhash.xxh3_128_hexdigest(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def weights_hash(module: nn.Module) -> str:
+    """xxh3 of a module's tensors, whatever their names and places in it are: a second class of the same network, such
+    as a light one, has the same."""
+    import xxhash
+
+    hashes = sorted(tensor_hash(tensor.detach().cpu().contiguous()) for tensor in module.state_dict().values())
+    return xxhash.xxh3_128_hexdigest("".join(hashes).encode())
 
 
 def _all_of(tensor: Tensor) -> Share:

@@ -31,6 +31,10 @@ class DdpmPipeline(Pipeline):
         """What it may be asked for; () of an unconditional model."""
         return tuple(self.meta["classes"])
 
+    @property
+    def reads_prompts(self) -> bool:
+        return bool(self.classes)
+
     def encode(self, texts: list[str]) -> Condition:
         return named(self.classes, texts, self.device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from raphael.base.checkpoint.folder import load_weights, read_checkpoint
+from raphael.base.checkpoint.parts import weights_hash
 from raphael.base.config.preset import DiffusionConfig, RaphaelUNetConfig
 from raphael.base.config.sampling import Sampling
 from raphael.base.strict import load
 from raphael.diffusion.sampling import ImageSeed, Parts
 from raphael.encoders.autoencoder import load_autoencoder
 from raphael.encoders.text import load_text_encoder
-from raphael.encoders.weighted import encode_prompts
+from raphael.encoders.weighted import encode_prompts, parse_weights
 from raphael.net.condition import Condition
 from raphael.net.moe.mixtures import SpaceMoE
 from raphael.net.moe.unet import RaphaelUNet
@@ -60,6 +62,25 @@ class RaphaelPipeline(Pipeline):
     @property
     def downsampling(self) -> int:
         return self.autoencoder.downsampling
+
+    @property
+    def latent_scale(self) -> tuple[float, float]:
+        return self.autoencoder.scaling_factor, self.autoencoder.shift
+
+    @functools.cached_property
+    def space(self) -> str:
+        if self.autoencoder.is_pixels:
+            return super().space
+        factor, shift = self.latent_scale
+        return f"latents {weights_hash(self.autoencoder)[:12]} of factor {factor:.6g}, shift {shift:.6g}"
+
+    @functools.cached_property
+    def text_space(self) -> str:
+        return f"texts {weights_hash(self.text_encoder)[:12]}"
+
+    def embed_texts(self, texts: list[str]) -> torch.Tensor:
+        plain = ["".join(part for part, _ in parse_weights(text)) for text in texts]  # a guide knows no weights
+        return self.text_encoder.encode(self.text_encoder.tokenize(plain).to(self.device)).pooled
 
     def encode(self, texts: list[str]) -> Condition:
         encoding = self.text_encoder.encode(self.text_encoder.tokenize(texts).to(self.device))
