@@ -127,14 +127,20 @@ def _add_rewrite(kinds: argparse._SubParsersAction) -> None:
         else:
             command.add_argument("target", help="the prompt after the edit")
             command.add_argument("--image", type=Path, help="a picture that the prompt describes")
-        command.add_argument("--cross", type=float, default=0.8, help="share of the steps with the source's maps (0.8)")
+        colours = "; colours for colours: {}" if name == "replace" else "{:.0}"
+        text = f"share of the steps with the source's maps (0.8{colours.format('1')})"
+        command.add_argument("--cross", type=float, help=text)
         command.add_argument(
             "--cross-of", type=_valued, action="append", default=[], metavar="WORD=SHARE", help="another for a word"
         )
-        command.add_argument("--self-attention", type=float, default=0.4, help="the same of self-attention (0.4)")
-        command.add_argument("--self-map", type=float, default=1.0, help="on maps up to this share of the largest (1)")
-        command.add_argument("--blend", nargs="+", default=[], metavar="WORD", help="stay the source outside of these")
-        command.add_argument("--blend-above", type=float, default=0.3, help="this share of the greatest (0.3)")
+        command.add_argument(
+            "--self-attention", type=float, help=f"the same of self-attention (0.4{colours.format('1')})"
+        )
+        command.add_argument("--self-map", type=float, help="on maps up to this share of the largest (1)")
+        text = f"stay the source outside of these (no such bound{colours.format('these; no word after it: no bound')})"
+        command.add_argument("--blend", nargs="*", metavar="WORD", help=text)
+        text = f"this share of the greatest (0.3{colours.format('0.6')})"
+        command.add_argument("--blend-above", type=float, help=text)
 
 
 def _add_paint(kinds: argparse._SubParsersAction) -> None:
@@ -233,10 +239,21 @@ def _white(pixels: np.ndarray) -> np.ndarray:
 
 
 def _keep(asked: argparse.Namespace) -> Any:
-    from raphael.edit.rewrite import Keep
+    """The kind's own, but for what was asked for."""
+    from raphael.edit.rewrite import kept
 
-    by_word, blend = dict(asked.cross_of), tuple(asked.blend)
-    return Keep(asked.cross, asked.self_attention, asked.self_map, by_word, blend, asked.blend_above)
+    blend = None if asked.blend is None else tuple(asked.blend)
+    return kept(
+        asked.kind,
+        asked.prompt,
+        getattr(asked, "target", ""),
+        cross=asked.cross,
+        self_attention=asked.self_attention,
+        self_map=asked.self_map,
+        by_word=dict(asked.cross_of),
+        blend=blend,
+        threshold=asked.blend_above,
+    )
 
 
 def _valued(text: str) -> tuple[str, float]:
