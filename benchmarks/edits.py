@@ -16,12 +16,12 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+from _edit_scenes import Subject, body, change, drawn, other, outside, overlap, read, scene, step, subjects, two_objects
 from _machine import keep, result_file, within
 
 from raphael.edit.invert import reconstruct
@@ -36,86 +36,8 @@ from raphael.evaluate.metrics.intervals import wilson
 from raphael.evaluate.scenes.reader import read_scene
 from raphael.generate.pipeline import Pipeline, RaphaelPipeline
 
-COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "white", "black")
-SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 STYLES = {"flat": "flat style", "outline": "outline drawing", "ink": "ink drawing", "pixel": "pixel art"}
 Found = defaultdict[str, list[float]]
-Subject = tuple[str, str, str, str, str]  # colour, shape, another colour, another shape, background
-
-
-def subjects(n: int) -> list[Subject]:
-    rng = random.Random(0)
-    chosen = [(rng.sample(COLOURS, 3), rng.sample(SHAPES, 2)) for _ in range(n)]
-    return [(colours[0], shapes[0], colours[1], shapes[1], colours[2]) for colours, shapes in chosen]
-
-
-def scene(colour: str, shape: str, background: str) -> str:
-    return f"a {colour} {shape} on a {background} background, flat style"
-
-
-def read(image: np.ndarray) -> tuple[str | None, str | None]:
-    """Colour and shape of the largest object."""
-    objects = read_scene(image).objects
-    return (objects[0].colour, objects[0].shape) if objects else (None, None)
-
-
-def drawn(pipeline: Pipeline, prompt: str, seed: int) -> np.ndarray:
-    return np.asarray(pipeline(prompt, seed=seed).images[0])
-
-
-def body(image: np.ndarray) -> np.ndarray:
-    """(H, W) bool: far from the frame's median colour."""
-    pixels = image.astype(float)
-    frame = np.concatenate([side.reshape(-1, 3) for side in (pixels[:3], pixels[-3:], pixels[:, :3], pixels[:, -3:])])
-    return np.linalg.norm(pixels - np.median(frame, 0), axis=2) > 44
-
-
-def overlap(one: np.ndarray, other: np.ndarray) -> float:
-    return float((one & other).sum() / max(1, (one | other).sum()))
-
-
-def outside(one: np.ndarray, other: np.ndarray) -> float:
-    import cv2
-
-    away = ~cv2.dilate(body(one).astype(np.uint8), np.ones((5, 5), np.uint8)).astype(bool)
-    return float(np.abs(one.astype(float) - other)[away].mean())
-
-
-def change(one: np.ndarray, other: np.ndarray) -> float:
-    return float(np.abs(one.astype(float) - other).mean())
-
-
-def box(top: int, bottom: int, left: int, right: int) -> np.ndarray:
-    """(64, 64) bool."""
-    mask = np.zeros((64, 64), bool)
-    mask[max(0, top) : max(0, bottom), max(0, left) : max(0, right)] = True
-    return mask
-
-
-def step(image: np.ndarray, mask: np.ndarray) -> float:
-    """The seam: mean absolute difference of neighbours of which one lies in the mask."""
-    found, pixels = [], image.astype(float)
-    for axis in (0, 1):
-        across = np.diff(mask.astype(int), axis=axis) != 0
-        found.append(np.abs(np.diff(pixels, axis=axis))[across].mean(-1))
-    return float(np.concatenate(found).mean())
-
-
-def other(c1: str, s1: str, c2: str, s2: str, b: str) -> tuple[str, str]:
-    """A colour and a shape that neither object nor the ground has."""
-    colour = next(c for c in ("green", "red", "blue", "yellow") if c not in (c1, c2, b))
-    return colour, next(s for s in ("circle", "square", "star") if s not in (s1, s2))
-
-
-def two_objects(pipeline: Pipeline, subject: Subject, seed: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """A picture of both and the bounding square of the right one with 3 px around it; None where they are not read."""
-    c1, s1, c2, s2, b = subject
-    source = drawn(pipeline, f"a {c1} {s1} left of a {c2} {s2} on a plain {b} background, flat style", seed)
-    masked = [thing for thing in read_scene(source).objects if thing.colour == c2]
-    if len(masked) != 1:
-        return None
-    (x, y), half = masked[0].centre, masked[0].extent / 2 + 3 / 64
-    return source, box(*(round(64 * edge) for edge in (y - half, y + half, x - half, x + half)))
 
 
 def switch_(pipeline: Pipeline, every: list[Subject], found: Found) -> None:
@@ -172,10 +94,19 @@ def remove_(pipeline: Pipeline, every: list[Subject], found: Found) -> None:
         made = two_objects(pipeline, (c1, s1, c2, s2, b), seed)
         if made is None:
             continue
-        got = read_scene(inpaint(pipeline, *made, f"a plain {b} background", How(1000 + seed)).result[0])
-        found["remove: one object left"].append(got.count == 1)
-        found["remove: the other is as it was"].append([(o.colour, o.shape) for o in got.objects[:1]] == [(c1, s1)])
-        found["remove: background"].append(got.background_colour == b)
+        source, mask = made
+        ground = np.median(source[:4].reshape(-1, 3), 0)
+        for name, strength in (("remove", 0.4), ("remove, strength 1", 1.0)):
+            how, prompt = How(1000 + seed), f"a plain {b} background"
+            image = inpaint(pipeline, source, mask, prompt, how, strength=strength).result[0]
+            got = read_scene(image)
+            found[f"{name}: one object left"].append(got.count == 1)
+            found[f"{name}: the other is as it was"].append(
+                [(o.colour, o.shape) for o in got.objects[:1]] == [(c1, s1)]
+            )
+            found[f"{name}: background"].append(got.background_colour == b)
+            streak = np.linalg.norm(image.astype(float) - ground, axis=2)[mask] > 44
+            found[f"{name}: share of the hole that is not ground"].append(float(streak.mean()))
 
 
 REPLACINGS = {  # what is kept; None: by default
@@ -268,9 +199,9 @@ def paint_(pipeline: Pipeline, every: list[Subject], found: Found) -> None:
 def _boxes(thing: Any, centre: tuple[float, float], extent: float) -> float:
     """IoU of an object's bounding square and another, in shares of the side."""
     sides = []
-    for one, other in zip(thing.centre, centre, strict=True):
-        low = max(one - thing.extent / 2, other - extent / 2)
-        sides.append(max(0.0, min(one + thing.extent / 2, other + extent / 2) - low))
+    for one, its in zip(thing.centre, centre, strict=True):
+        low = max(one - thing.extent / 2, its - extent / 2)
+        sides.append(max(0.0, min(one + thing.extent / 2, its + extent / 2) - low))
     common = sides[0] * sides[1]
     return common / (thing.extent**2 + extent**2 - common)
 

@@ -30,8 +30,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from _edit_scenes import Subject, box, drawn, other, read, scene, step, subjects
 from _machine import judged, keep
-from edits import Found, Subject, box, drawn, other, read, rows_of, scene, step, subjects
+from edits import Found, rows_of
 
 from data_pipeline.source.scene_captions import caption
 from data_pipeline.source.scene_drawing import draw

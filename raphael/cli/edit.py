@@ -81,7 +81,7 @@ def _add_known(kinds: argparse._SubParsersAction) -> None:
         from raphael.edit.known import inpaint
 
         picture, mask = fitted(pipeline, asked.image), _mask(pipeline, asked.mask, asked.image)
-        return inpaint(pipeline, picture, mask, asked.prompt, how, asked.feather)
+        return inpaint(pipeline, picture, mask, asked.prompt, how, asked.feather, asked.strength)
 
     def outpaint(pipeline: Any, asked: argparse.Namespace, how: Any) -> Any:
         from raphael.base.images.fit import read_image
@@ -96,6 +96,8 @@ def _add_known(kinds: argparse._SubParsersAction) -> None:
     _picture(command, "what the whole picture shall show; to remove an object: all but the object")
     command.add_argument("--mask", type=Path, required=True, help="an image of the same size, white where to draw")
     command.add_argument("--feather", type=int, default=4, help="px around the mask that are mixed (default: 4)")
+    text = "below 1 the hole begins as the ground around it: to remove an object, 0.4 (default: 1)"
+    command.add_argument("--strength", type=float, default=1.0, help=text)
     command = _kind(kinds, "outpaint", "draw what lies around a picture", outpaint)
     _picture(command, "what the whole picture shall show")
     names = ("TOP", "RIGHT", "BOTTOM", "LEFT")

@@ -15,6 +15,7 @@ from torch import Tensor
 from raphael.diffusion.denoiser import Denoiser
 from raphael.edit.attention import AttentionEditor, MapRecorder
 from raphael.edit.invert import for_pictures, start_of
+from raphael.edit.known import FEATHER_PX, pasted
 from raphael.edit.run import Edited, How, Session, check_share, split
 from raphael.edit.words import Words, recolours, refined, replaced, text_encoder_of, words_of
 from raphael.generate.pipeline import Pipeline
@@ -29,8 +30,8 @@ class Keep:
 
     cross: share of the steps whose cross-attention is the source's; by_word: another for words of the target.
     self_attention: the same of self-attention, on maps of at most `self_map` of the largest map's pixels.
-    blend: words (of source or target) outside whose attention the image stays the source's; (): no such bound; None:
-    the words that `replace` exchanges, and () where nothing is exchanged.
+    blend: words (of source or target) outside whose attention the image stays the source's, but for a margin of
+    FEATHER_PX; (): no such bound; None: the words that `replace` exchanges, and () where nothing is exchanged.
     threshold: share of its maximum from which on a word's attention counts as the word's place.
     """
 
@@ -176,6 +177,10 @@ def _rewrite(
         latents = session.draw(cond, lambda denoiser: Blended(denoiser, inside), **begin)
         shown |= {f"edited where white: {', '.join(blend)}": _white(inside, session.size_px)}
     source, result, without = split(session.decode(latents), 3)
+    if blend:  # the decoder reads neighbours: of equal latents it makes other pixels near the mask
+        masks = _white(inside, session.size_px)[..., 0] > 0
+        rows = zip(source, result, masks, strict=True)
+        result = np.stack([pasted(own, drawn[None], mask, FEATHER_PX)[0] for own, drawn, mask in rows])
     facts = session.facts(
         kind,
         prompt=old.prompt,

@@ -86,6 +86,7 @@ class ImageBody(PictureBody):
 class InpaintBody(PictureBody):
     mask: Mask
     feather: Annotated[int, Field(ge=0, le=64, description="px around the mask that are mixed")] = 4
+    strength: Annotated[Share, Field(description="below 1 the hole begins as the ground around it")] = 1.0
 
 
 Margin = Annotated[int, Field(ge=0, le=PART_PX)]

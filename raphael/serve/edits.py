@@ -124,6 +124,11 @@ def _refine(pipeline: Pipeline, body: b.RewriteBody, images: Images, how: How) -
     return rewrite.refine(pipeline, body.prompt, body.target, how, _keep(body, "refine"), images.get("image"))
 
 
+def _inpaint(pipeline: Pipeline, body: b.InpaintBody, images: Images, how: How) -> Edited:
+    picture, mask = images["image"], images["mask"]
+    return inpaint(pipeline, picture, mask, body.prompt, how, body.feather, body.strength)
+
+
 def _outpaint(pipeline: Pipeline, body: b.OutpaintBody, images: Images, how: How) -> Edited:
     top, right, bottom, left = body.margins
     return outpaint(pipeline, images["image"], body.prompt, (top, right, bottom, left), how)
@@ -153,7 +158,7 @@ KINDS: Mapping[str, Kind] = {
     ),
     "inpaint": Kind(
         b.InpaintBody,
-        lambda pipe, a, images, how: inpaint(pipe, images["image"], images["mask"], a.prompt, how, a.feather),
+        _inpaint,
         _picture_and_mask,
         passes=lambda body: 2,
     ),

@@ -152,6 +152,16 @@ def test_outside_the_blend_latents_are_the_sources_to_the_bit(pipeline, sampler)
     assert torch.equal(plain, session.draw(cond).chunk(3)[2])
 
 
+def test_outside_the_blend_and_its_margin_pixels_are_the_sources_to_the_bit(pipeline):
+    edited = replace(pipeline, SOURCE, TARGET, how(2), Keep(blend=("star",), threshold=0.97))
+    (masks,) = edited.shown.values()
+    for source, result, mask in zip(edited.source, edited.result, masks[..., 0], strict=True):
+        near = lambda y, x: mask[max(0, y - 5) : y + 6, max(0, x - 5) : x + 6].any()  # noqa: B023, E731
+        away = ~np.array([[near(y, x) for x in range(32)] for y in range(32)])
+        assert away.any() and np.array_equal(result[away], source[away])
+        assert not np.array_equal(result, source)
+
+
 def test_a_recorder_keeps_the_mean_of_the_largest_maps_of_cross_attention():
     recorder = MapRecorder()
     seen = [maps(2, TOKENS, seed) for seed in (1, 2)]
