@@ -129,20 +129,23 @@ def _add_rewrite(kinds: argparse._SubParsersAction) -> None:
         else:
             command.add_argument("target", help="the prompt after the edit")
             command.add_argument("--image", type=Path, help="a picture that the prompt describes")
-        colours = "; colours for colours: {}" if name == "replace" else "{:.0}"
-        text = f"share of the steps with the source's maps (0.8{colours.format('1')})"
+        cross, above, bound = ("1", "0.6", "these; no word: no bound") if name == "replace" else ("", "", "")
+        text = f"share of the steps with the source's maps (0.8{_of_colours(cross)})"
         command.add_argument("--cross", type=float, help=text)
         command.add_argument(
             "--cross-of", type=_valued, action="append", default=[], metavar="WORD=SHARE", help="another for a word"
         )
-        command.add_argument(
-            "--self-attention", type=float, help=f"the same of self-attention (0.4{colours.format('1')})"
-        )
+        text = f"the same of self-attention (0.4{_of_colours(cross)})"
+        command.add_argument("--self-attention", type=float, help=text)
         command.add_argument("--self-map", type=float, help="on maps up to this share of the largest (1)")
-        text = f"stay the source outside of these (no such bound{colours.format('these; no word after it: no bound')})"
+        text = f"stay the source outside of these (no such bound{_of_colours(bound)})"
         command.add_argument("--blend", nargs="*", metavar="WORD", help=text)
-        text = f"this share of the greatest (0.3{colours.format('0.6')})"
+        text = f"this share of the greatest (0.3{_of_colours(above)})"
         command.add_argument("--blend-above", type=float, help=text)
+
+
+def _of_colours(default: str) -> str:
+    return default and f"; colours for colours: {default}"
 
 
 def _add_paint(kinds: argparse._SubParsersAction) -> None:
