@@ -49,11 +49,17 @@ def within(case: str, got: float, limit: float, unit: str) -> dict[str, Any]:
     return judged(f"{case}, beside its limit", got, limit, unit, "<= 1.0")
 
 
+def result_file(name: str) -> Path:
+    """Of this device and month."""
+    here = machine()
+    device = re.sub(r"\W+", "-", here["gpu"]).lower() if "gpu" in here else f"{here['cores']}cores"
+    return RESULTS / f"{name}-{device}-{datetime.date.today():%Y%m}.json"
+
+
 def keep(name: str, rows: list[dict[str, Any]], summary: list[dict[str, Any]], **facts: Any) -> Path:
     """Write results/<name>-<device>-<yyyymm>.json and say where. summary: rows of `judged`, for the table of all."""
     here = {"benchmark": name, "measured": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}", **machine()}
-    device = re.sub(r"\W+", "-", here["gpu"]).lower() if "gpu" in here else f"{here['cores']}cores"
-    file = RESULTS / f"{name}-{device}-{datetime.date.today():%Y%m}.json"
+    file = result_file(name)
     write_json(file, {**here, **facts, "summary": summary, "results": rows})
     print(f"\nkept in benchmarks/results/{file.name}")
     return file

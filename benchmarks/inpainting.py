@@ -30,8 +30,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from _edit_scenes import Subject, box, drawn, other, read, scene, step, subjects
 from _machine import judged, keep
-from edits import Found, Subject, drawn, read, rows_of, scene, subjects
+from edits import Found, rows_of
 
 from data_pipeline.source.scene_captions import caption
 from data_pipeline.source.scene_drawing import draw
@@ -137,38 +138,17 @@ def holes(pipeline: Any, every: list[Subject]) -> Iterator[tuple[str, int, np.nd
     """(case, seed, picture, mask, prompt, what the result has to show: its objects as (colour, shape), sorted)."""
     for seed, (c1, s1, c2, s2, b) in enumerate(every):
         one = drawn(pipeline, scene(c1, s1, b), seed)
-        middle = _box(10, 54, 10, 54)
+        middle = box(10, 54, 10, 54)
         yield "replace", seed, one, middle, scene(c2, s2, b), [(c2, s2)]
-        yield "complete", seed, one, _box(0, 64, 32, 64), scene(c1, s1, b), [(c1, s1)]
+        yield "complete", seed, one, box(0, 64, 32, 64), scene(c1, s1, b), [(c1, s1)]
         graded = f"on a {b} gradient background, flat style"
         picture = drawn(pipeline, f"a {c1} {s1} {graded}", seed)
         yield "gradient", seed, picture, middle, f"a {c2} {s2} {graded}", [(c2, s2)]
         beside = f"a {c1} {s1} left of a {{}} on a plain {b} background, flat style"
-        two, other = drawn(pipeline, beside.format(f"{c2} {s2}"), seed), _other(c1, s1, c2, s2, b)
-        right = _box(0, 64, 32, 64)
-        yield "half", seed, two, right, beside.format(" ".join(other)), sorted([(c1, s1), other])
+        two, new = drawn(pipeline, beside.format(f"{c2} {s2}"), seed), other(c1, s1, c2, s2, b)
+        right = box(0, 64, 32, 64)
+        yield "half", seed, two, right, beside.format(" ".join(new)), sorted([(c1, s1), new])
         yield "remove", seed, two, right, f"a {c1} {s1} on a plain {b} background, flat style", [(c1, s1)]
-
-
-def _box(top: int, bottom: int, left: int, right: int) -> np.ndarray:
-    mask = np.zeros((64, 64), bool)
-    mask[top:bottom, left:right] = True
-    return mask
-
-
-def _other(c1: str, s1: str, c2: str, s2: str, b: str) -> tuple[str, str]:
-    """A colour and a shape that neither object nor the ground has."""
-    colour = next(c for c in ("green", "red", "blue", "yellow") if c not in (c1, c2, b))
-    return colour, next(s for s in ("circle", "square", "star") if s not in (s1, s2))
-
-
-def step(image: np.ndarray, mask: np.ndarray) -> float:
-    """Mean absolute difference of neighbours of which one lies in the mask."""
-    found, pixels = [], image.astype(float)
-    for axis in (0, 1):
-        across = np.diff(mask.astype(int), axis=axis) != 0
-        found.append(np.abs(np.diff(pixels, axis=axis))[across].mean(-1))
-    return float(np.concatenate(found).mean())
 
 
 def measure(pipeline: Any, name: str, source: Any, every: list[Subject], found: Found) -> None:

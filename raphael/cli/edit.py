@@ -81,7 +81,7 @@ def _add_known(kinds: argparse._SubParsersAction) -> None:
         from raphael.edit.known import inpaint
 
         picture, mask = fitted(pipeline, asked.image), _mask(pipeline, asked.mask, asked.image)
-        return inpaint(pipeline, picture, mask, asked.prompt, how, asked.feather)
+        return inpaint(pipeline, picture, mask, asked.prompt, how, asked.feather, asked.strength)
 
     def outpaint(pipeline: Any, asked: argparse.Namespace, how: Any) -> Any:
         from raphael.base.images.fit import read_image
@@ -96,6 +96,8 @@ def _add_known(kinds: argparse._SubParsersAction) -> None:
     _picture(command, "what the whole picture shall show; to remove an object: all but the object")
     command.add_argument("--mask", type=Path, required=True, help="an image of the same size, white where to draw")
     command.add_argument("--feather", type=int, default=4, help="px around the mask that are mixed (default: 4)")
+    text = "below 1 the hole begins as the ground around it: to remove an object, 0.4 (default: 1)"
+    command.add_argument("--strength", type=float, default=1.0, help=text)
     command = _kind(kinds, "outpaint", "draw what lies around a picture", outpaint)
     _picture(command, "what the whole picture shall show")
     names = ("TOP", "RIGHT", "BOTTOM", "LEFT")
@@ -127,14 +129,23 @@ def _add_rewrite(kinds: argparse._SubParsersAction) -> None:
         else:
             command.add_argument("target", help="the prompt after the edit")
             command.add_argument("--image", type=Path, help="a picture that the prompt describes")
-        command.add_argument("--cross", type=float, default=0.8, help="share of the steps with the source's maps (0.8)")
+        cross, above, bound = ("1", "0.6", "these; no word: no bound") if name == "replace" else ("", "", "")
+        text = f"share of the steps with the source's maps (0.8{_of_colours(cross)})"
+        command.add_argument("--cross", type=float, help=text)
         command.add_argument(
             "--cross-of", type=_valued, action="append", default=[], metavar="WORD=SHARE", help="another for a word"
         )
-        command.add_argument("--self-attention", type=float, default=0.4, help="the same of self-attention (0.4)")
-        command.add_argument("--self-map", type=float, default=1.0, help="on maps up to this share of the largest (1)")
-        command.add_argument("--blend", nargs="+", default=[], metavar="WORD", help="stay the source outside of these")
-        command.add_argument("--blend-above", type=float, default=0.3, help="this share of the greatest (0.3)")
+        text = f"the same of self-attention (0.4{_of_colours(cross)})"
+        command.add_argument("--self-attention", type=float, help=text)
+        command.add_argument("--self-map", type=float, help="on maps up to this share of the largest (1)")
+        text = f"stay the source outside of these (no such bound{_of_colours(bound)})"
+        command.add_argument("--blend", nargs="*", metavar="WORD", help=text)
+        text = f"this share of the greatest (0.3{_of_colours(above)})"
+        command.add_argument("--blend-above", type=float, help=text)
+
+
+def _of_colours(default: str) -> str:
+    return default and f"; colours for colours: {default}"
 
 
 def _add_paint(kinds: argparse._SubParsersAction) -> None:
@@ -233,10 +244,21 @@ def _white(pixels: np.ndarray) -> np.ndarray:
 
 
 def _keep(asked: argparse.Namespace) -> Any:
-    from raphael.edit.rewrite import Keep
+    """The kind's own, but for what was asked for."""
+    from raphael.edit.rewrite import kept
 
-    by_word, blend = dict(asked.cross_of), tuple(asked.blend)
-    return Keep(asked.cross, asked.self_attention, asked.self_map, by_word, blend, asked.blend_above)
+    blend = None if asked.blend is None else tuple(asked.blend)
+    return kept(
+        asked.kind,
+        asked.prompt,
+        getattr(asked, "target", ""),
+        cross=asked.cross,
+        self_attention=asked.self_attention,
+        self_map=asked.self_map,
+        by_word=dict(asked.cross_of),
+        blend=blend,
+        threshold=asked.blend_above,
+    )
 
 
 def _valued(text: str) -> tuple[str, float]:

@@ -73,15 +73,19 @@ def inpaint(
     prompt: str,
     how: How = How(),  # noqa: B008
     feather_px: int = FEATHER_PX,
+    strength: float = 1.0,
 ) -> Edited:
     """Draw the masked part of an image anew, as the prompt says.
 
     image: uint8 (H, W, 3); mask: (H, W) bool, True where it is drawn. A latent is drawn where any of its pixels is.
     Outside the mask and a margin of feather_px the result is the image itself; within the margin the two are mixed.
+    strength: below 1 the masked part begins as the ground continued into it (`filled`), noised as it is that share of
+    the steps before the end: so an object is removed without another in its place. 0 is that continuation's decoding.
     without: the prompt's image of the same seed, which knows nothing of the picture. Raises ValueError for a mask that
-    is empty, covers everything, or has another size.
+    is empty, covers everything, or has another size, and a strength outside 0 to 1.
     """
     check_mask(mask, image)
+    check_share("strength", strength)
     session = Session(pipeline, how)
     x0 = session.latents_of(filled(image, mask)).expand(session.count, -1, -1, -1)
     hole = latent_mask(mask, tuple(session.parts.latent_shape[1:])).to(session.device)
@@ -91,11 +95,14 @@ def inpaint(
 
     cond, sees = session.condition(prompt), session.parts.unet.config.inpainting
     shown_to = replace(cond, picture=known_picture(x0, (~hole).expand(session.count, -1, -1, -1))) if sees else cond
-    drawn = session.decode(session.draw(shown_to, wrap))
+    first = session.settings.steps - round(strength * session.settings.steps)
+    start = noised(x0, session.noise().start(), float(session.sigmas[first])) if first else None
+    drawn = session.decode(session.draw(shown_to, wrap, start=start, first=first))
     result = pasted(image, drawn, mask, feather_px)
     without = session.decode(session.draw(cond))
     share = round(float(mask.mean()), 6)
-    facts = session.facts("inpaint", prompt=prompt, feather_px=feather_px, drawn_share=share, picture_in_input=sees)
+    told = {"feather_px": feather_px, "strength": strength, "drawn_share": share, "picture_in_input": sees}
+    facts = session.facts("inpaint", prompt=prompt, **told)
     shown = {"drawn where white": _each(_grey(mask), session)}
     labels = ("the picture", prompt, "from noise alone")
     return Edited(_each(image, session), result, without, labels, facts, shown)

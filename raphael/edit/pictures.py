@@ -25,6 +25,7 @@ EXPERTS = (
     (80, 170, 175),
     (120, 120, 120),
 )
+FRAME = (110, 110, 110)
 LARGE = 2  # times the image, so that maps lie on it smoothly
 
 
@@ -76,23 +77,32 @@ def self_maps(inside: Inside) -> Image.Image:
 
 
 def paths(inside: Inside) -> Image.Image:
-    """At the last step: edges that blocks predict beside Sobel's of the image, regions of the words, and their experts.
+    """At the last step: edges that blocks predict beside Sobel's of the image; attention to words, regions, experts.
 
-    A word's region is white where its expert acts in the last block; its path is a stripe a block, a colour an expert.
+    A word's attention is the mean over blocks; its region is white where its expert acts in the last block; its path is
+    a stripe a block, a colour an expert. Tiles are framed: white ones vanish on the sheet.
     """
     edges = [np.uint8(255 * edge) for edge in inside.edges[-1]] if inside.edges.shape[1] else []
     sobel = edge_map(inside.image[None], inside.image.shape[:2])[0]
     tiles = [_large(inside.image), _rgb(sobel), *[_rgb(edge) for edge in edges]]
     captions = ["image", "its edges (Sobel)", *[f"edges of head {index + 1}" for index in range(len(edges))]]
+    kinds = 1 + bool(inside.masks.shape[1]) + bool(len(inside.space_routes))
+    columns = kinds * (8 // kinds)  # a word's tiles stand in one row
+    side = tiles[0].shape[:2]
+    empty = -len(tiles) % columns
     for place, word in enumerate(inside.words):
+        tiles.append(_heat(inside.image, inside.cross[-1].mean(0)[..., place]))
+        captions.append(f"{word}: attention")
         if inside.masks.shape[1]:
             tiles.append(_rgb(np.uint8(255 * inside.masks[-1, -1, ..., place])))
             captions.append(f"{word}: region")
         if len(inside.space_routes):
             tiles.append(_stripes(inside.space_routes[:, place]))
             captions.append(f"{word}: experts {' '.join(map(str, inside.space_routes[:, place]))}")
-    side = tiles[0].shape[:2]
-    return image_grid([_sized(tile, side) for tile in tiles], 8, captions)
+    framed, first = [_framed(_sized(tile, side)) for tile in tiles], 2 + len(edges)
+    blank = [np.full((*side, 3), 255, np.uint8)] * empty
+    captions[first:first] = [""] * empty
+    return image_grid([*framed[:first], *blank, *framed[first:]], columns, captions)
 
 
 def forming(inside: Inside, path: Path) -> Path:
@@ -132,6 +142,13 @@ def _rgb(grey: np.ndarray) -> np.ndarray:
 
 def _stripes(experts: np.ndarray) -> np.ndarray:
     return np.array([[EXPERTS[expert % len(EXPERTS)] for expert in experts]], np.uint8)
+
+
+def _framed(tile: np.ndarray) -> np.ndarray:
+    """The outermost pixels in grey."""
+    framed = np.full_like(tile, FRAME)
+    framed[1:-1, 1:-1] = tile[1:-1, 1:-1]
+    return framed
 
 
 def _sized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

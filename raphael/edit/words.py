@@ -14,6 +14,10 @@ from raphael.encoders.text import END, PAD, START
 from raphael.generate.pipeline import Pipeline
 
 SPLITS = (r"[^\W_]+|[^\w\s]|_", r"\S+")  # words apart from punctuation; where a tokenizer joins the two, by blanks
+COLOURS = frozenset(
+    "red orange yellow green cyan blue purple pink white black grey gray brown violet magenta turquoise teal beige "
+    "gold golden silver crimson scarlet maroon navy indigo lime olive lavender cream".split()
+)
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,13 @@ def words_of(text_encoder: Any, prompt: str) -> Words:
     if longest > len(ids):
         raise ValueError(f"prompt: got {longest} tokens, expected at most {len(ids)}: no edit of a cut prompt")
     raise ValueError(f"prompt: the tokens {pieces[:real]} are not those of its words, expected words apart by blanks")
+
+
+def recolours(source: str, target: str) -> bool:
+    """Whether all words that are exchanged, one for one, are names of colours, and at least one is exchanged."""
+    old, new = (re.findall(SPLITS[0], prompt.casefold()) for prompt in (source, target))
+    exchanged = [pair for pair in zip(old, new) if pair[0] != pair[1]]
+    return len(old) == len(new) and bool(exchanged) and all(COLOURS.issuperset(pair) for pair in exchanged)
 
 
 def replaced(source: Words, target: Words) -> Tensor:

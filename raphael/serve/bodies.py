@@ -89,6 +89,7 @@ class ImageBody(PictureBody):
 class InpaintBody(PictureBody):
     mask: Mask
     feather: Annotated[int, Field(ge=0, le=64, description="px around the mask that are mixed")] = 4
+    strength: Annotated[Share, Field(description="below 1 the hole begins as the ground around it")] = 1.0
 
 
 Margin = Annotated[int, Field(ge=0, le=PART_PX)]
@@ -99,16 +100,19 @@ class OutpaintBody(PictureBody):
 
 
 class KeepBody(SamplingBody):
-    """How much of the source stays (raphael/edit/rewrite.py, Keep)."""
+    """How much of the source stays (raphael/edit/rewrite.py, Keep); None: as the kind has it by default (`kept`)."""
 
     prompt: Text
     long_prompts: OneContext = "cut"
-    cross: Annotated[Share, Field(description="share of the steps with the source's maps")] = 0.8
+    cross: Annotated[Share | None, Field(description="share of the steps with the source's maps")] = None
     cross_of: Annotated[dict[Phrase, Share], Field(max_length=32, description="another share for a word")] = {}
-    self_attention: Share = 0.4
-    self_map: Share = 1.0
-    blend: Annotated[list[Phrase], Field(max_length=16, description="stay the source outside of these words")] = []
-    blend_above: Share = 0.3
+    self_attention: Share | None = None
+    self_map: Share | None = None
+    blend: Annotated[
+        list[Phrase] | None,
+        Field(max_length=16, description="stay the source outside of these words"),
+    ] = None
+    blend_above: Share | None = None
 
 
 class RewriteBody(KeepBody):

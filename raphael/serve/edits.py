@@ -16,6 +16,7 @@ from raphael.edit.run import Edited, How
 from raphael.edit.sheets import style_sheet
 from raphael.edit.switch import switch
 from raphael.edit.vary import interpolate, variations
+from raphael.edit.words import recolours
 from raphael.serve import bodies as b
 from raphael.serve.door.problems import Problem
 from raphael.serve.images import b64, png, read_upload, upload_size, white
@@ -101,17 +102,31 @@ def _regions(info: ModelInfo, body: b.PaintBody) -> Images:
     return {region.phrase: white(read_upload(region.mask, name, info.size)) for region, name in named}
 
 
-def _keep(body: b.KeepBody) -> rewrite.Keep:
-    shares = (body.cross, body.self_attention, body.self_map)
-    return rewrite.Keep(*shares, body.cross_of, tuple(body.blend), body.blend_above)
+def _keep(body: b.KeepBody, kind: str) -> rewrite.Keep:
+    return rewrite.kept(
+        kind,
+        body.prompt,
+        getattr(body, "target", ""),
+        cross=body.cross,
+        self_attention=body.self_attention,
+        self_map=body.self_map,
+        by_word=body.cross_of,
+        blend=None if body.blend is None else tuple(body.blend),
+        threshold=body.blend_above,
+    )
 
 
 def _replace(pipeline: Pipeline, body: b.RewriteBody, images: Images, how: How) -> Edited:
-    return rewrite.replace(pipeline, body.prompt, body.target, how, _keep(body), images.get("image"))
+    return rewrite.replace(pipeline, body.prompt, body.target, how, _keep(body, "replace"), images.get("image"))
 
 
 def _refine(pipeline: Pipeline, body: b.RewriteBody, images: Images, how: How) -> Edited:
-    return rewrite.refine(pipeline, body.prompt, body.target, how, _keep(body), images.get("image"))
+    return rewrite.refine(pipeline, body.prompt, body.target, how, _keep(body, "refine"), images.get("image"))
+
+
+def _inpaint(pipeline: Pipeline, body: b.InpaintBody, images: Images, how: How) -> Edited:
+    picture, mask = images["image"], images["mask"]
+    return inpaint(pipeline, picture, mask, body.prompt, how, body.feather, body.strength)
 
 
 def _outpaint(pipeline: Pipeline, body: b.OutpaintBody, images: Images, how: How) -> Edited:
@@ -121,6 +136,10 @@ def _outpaint(pipeline: Pipeline, body: b.OutpaintBody, images: Images, how: How
 
 def _passes_of_rewriting(body: b.KeepBody) -> int:
     return (2 if body.blend else 1) + (ROUNDS if getattr(body, "image", None) is not None else 0)
+
+
+def _passes_of_replacing(body: b.RewriteBody) -> int:
+    return _passes_of_rewriting(body) + (body.blend is None and recolours(body.prompt, body.target))
 
 
 def _arranging(body: b.PaintBody, steps: int, each: int) -> int:
@@ -139,16 +158,16 @@ KINDS: Mapping[str, Kind] = {
     ),
     "inpaint": Kind(
         b.InpaintBody,
-        lambda pipe, a, images, how: inpaint(pipe, images["image"], images["mask"], a.prompt, how, a.feather),
+        _inpaint,
         _picture_and_mask,
         passes=lambda body: 2,
     ),
     "outpaint": Kind(b.OutpaintBody, _outpaint, _picture_as_it_is, passes=lambda body: 2),
-    "replace": Kind(b.RewriteBody, _replace, _picture_of_words, True, _passes_of_rewriting),
+    "replace": Kind(b.RewriteBody, _replace, _picture_of_words, True, _passes_of_replacing),
     "refine": Kind(b.RewriteBody, _refine, _picture_of_words, True, _passes_of_rewriting),
     "reweight": Kind(
         b.ReweightBody,
-        lambda pipe, a, images, how: rewrite.reweight(pipe, a.prompt, a.words, how, _keep(a)),
+        lambda pipe, a, images, how: rewrite.reweight(pipe, a.prompt, a.words, how, _keep(a, "reweight")),
         words=True,
         passes=_passes_of_rewriting,
     ),

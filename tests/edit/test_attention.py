@@ -8,8 +8,9 @@ from truth.tiny_raphael import write_pipeline
 from raphael.base.config.sampling import Sampling
 from raphael.diffusion.samplers import SAMPLERS
 from raphael.edit.attention import AttentionEditor, MapRecorder
-from raphael.edit.rewrite import Blended, Keep, refine, replace, reweight
+from raphael.edit.rewrite import RECOLOURING, Blended, Keep, _places, kept, refine, replace, reweight
 from raphael.edit.run import How, Session
+from raphael.edit.words import Words
 from raphael.generate.pipeline import RaphaelPipeline
 from raphael.net.condition import AttentionSite, HookCall
 
@@ -83,8 +84,32 @@ def test_a_pair_is_found_in_whatever_order_its_rows_come():
 def test_an_edit_that_changes_nothing_is_the_source_to_the_bit(pipeline, sampler):
     edited = replace(pipeline, SOURCE, SOURCE, how(sampler=sampler), Keep(cross=1.0, self_attention=1.0))
     assert np.array_equal(edited.result, edited.source) and np.array_equal(edited.without, edited.source)
+    edited = replace(pipeline, SOURCE, SOURCE, how(sampler=sampler), RECOLOURING)
+    assert np.array_equal(edited.result, edited.source) and edited.facts["keep"]["blend"] == []
     edited = reweight(pipeline, SOURCE, {"red": 1.0}, how(sampler=sampler))
     assert np.array_equal(edited.result, edited.source)
+
+
+def test_by_default_colours_are_replaced_with_all_of_the_sources_layout_and_shapes_are_not(pipeline):
+    green = SOURCE.replace("red", "Green")
+    for source, target in ((SOURCE, TARGET), (SOURCE, SOURCE), (SOURCE, "a red square on a blue background")):
+        assert kept("replace", source, target) == Keep()
+    assert kept("replace", SOURCE, green) == RECOLOURING and kept("refine", SOURCE, green) == Keep()
+    assert kept("replace", SOURCE, f"a {green}") == Keep()
+    asked = kept("replace", SOURCE, green, cross=0.5, blend=(), self_attention=None)
+    assert asked == Keep(0.5, 1.0, blend=(), threshold=0.6)
+    by_default, said = (replace(pipeline, SOURCE, green, how(2), keep) for keep in (None, RECOLOURING))
+    assert np.array_equal(by_default.result, said.result) and by_default.facts == said.facts
+    named = replace(pipeline, SOURCE, green, how(2), Keep(1.0, 1.0, blend=("red", "Green"), threshold=0.6))
+    assert np.array_equal(by_default.result, named.result) and named.facts["keep"]["blend"] == ["red", "Green"]
+
+
+def test_of_two_red_objects_the_blend_is_at_the_one_whose_colour_is_replaced():
+    spans = ((1, 2), (2, 4), (4, 5), (5, 6))
+    old, new = (Words("", words, spans, (), 8) for words in (("red", "b", "red", "d"), ("red", "b", "blue", "d")))
+    assert _places((old, new), None, "replace") == ([("red", [4])], [("blue", [4])])
+    assert _places((old, new), ("red",), "replace") == ([("red", [1, 4])], [("red", [1])])
+    assert _places((old, new), None, "refine") == _places((old, new), (), "replace") == ([], [])
 
 
 def test_with_no_share_of_the_steps_it_is_the_target_without_the_edit_to_the_bit(pipeline):
@@ -125,6 +150,16 @@ def test_outside_the_blend_latents_are_the_sources_to_the_bit(pipeline, sampler)
     assert torch.equal(blended[~within], source[~within])
     assert (blended[within] != source[within]).float().mean() > 0.9
     assert torch.equal(plain, session.draw(cond).chunk(3)[2])
+
+
+def test_outside_the_blend_and_its_margin_pixels_are_the_sources_to_the_bit(pipeline):
+    edited = replace(pipeline, SOURCE, TARGET, how(2), Keep(blend=("star",), threshold=0.97))
+    (masks,) = edited.shown.values()
+    for source, result, mask in zip(edited.source, edited.result, masks[..., 0], strict=True):
+        near = lambda y, x: mask[max(0, y - 5) : y + 6, max(0, x - 5) : x + 6].any()  # noqa: B023, E731
+        away = ~np.array([[near(y, x) for x in range(32)] for y in range(32)])
+        assert away.any() and np.array_equal(result[away], source[away])
+        assert not np.array_equal(result, source)
 
 
 def test_a_recorder_keeps_the_mean_of_the_largest_maps_of_cross_attention():

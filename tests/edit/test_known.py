@@ -130,6 +130,24 @@ def with_input(pipeline, std):
     return seeing
 
 
+def test_a_hole_may_begin_as_the_ground_around_it(pipeline, image):
+    """Strength 0 is that ground's decoding; between, it is what sampling from the noised ground gives."""
+    mask = hole()
+    session = Session(pipeline, how())
+    ground = session.latents_of(filled(image, mask)).expand(2, -1, -1, -1)
+    still = inpaint(pipeline, image, mask, PROMPT, how(), 0, 0.0).result
+    assert np.array_equal(still[:, mask], session.decode(ground)[:, mask])
+    whole, plain = (inpaint(pipeline, image, mask, PROMPT, how(), 0, *more).result for more in ((1.0,), ()))
+    assert np.array_equal(whole, plain)
+    start = noised(ground, session.noise().start(), float(session.sigmas[2]))
+    inside = latent_mask(mask, (8, 8))
+    drawn = session.draw(session.condition(PROMPT), lambda one: Known(one, ground, inside), start=start, first=2)
+    half = inpaint(pipeline, image, mask, PROMPT, how(), 0, 0.5)
+    assert np.array_equal(half.result[:, mask], session.decode(drawn)[:, mask]) and half.facts["strength"] == 0.5
+    with pytest.raises(ValueError, match="strength: got 1.5"):
+        inpaint(pipeline, image, mask, PROMPT, how(), strength=1.5)
+
+
 def test_a_model_that_gained_the_input_inpaints_as_before_to_the_bit_until_it_learns(pipeline, image):
     plain = inpaint(pipeline, image, hole(), PROMPT, how())
     untrained = inpaint(with_input(pipeline, 0.0), image, hole(), PROMPT, how())

@@ -9,7 +9,9 @@ from PIL import Image
 from truth.tiny_raphael import write_pipeline
 
 from raphael.base.config.sampling import Sampling
-from raphael.edit.pictures import write_figures
+from raphael.base.images.grid import grid_tiles
+from raphael.edit.pictures import FRAME, LARGE, paths, write_figures
+from raphael.evaluate.report.figures import heat_overlay
 from raphael.generate.pipeline import RaphaelPipeline
 
 PROMPT = "a red circle on blue"
@@ -83,6 +85,24 @@ def test_figures_arrays_and_the_forming_image_are_written(inside, tmp_path):
     assert movie.n_frames == 3
     movie.seek(2)
     assert np.array_equal(np.asarray(movie.convert("RGB"))[::2, ::2], inside.image)
+
+
+def test_edges_stand_beside_each_words_attention_region_and_experts_all_framed(pipeline, inside):
+    sheet = np.asarray(paths(inside))
+    heads, words = inside.edges.shape[1], len(inside.words)
+    kinds = 1 + bool(inside.masks.shape[1]) + bool(len(inside.space_routes))
+    columns = kinds * (8 // kinds)
+    first = -(-(2 + heads) // columns) * columns  # a word begins in a row of its own
+    tiles = grid_tiles(sheet, first + kinds * words, columns)
+    drawn = [*tiles[: 2 + heads], *tiles[first:]]
+    assert all((edge == FRAME).all() for tile in drawn for edge in (tile[0], tile[-1], tile[:, 0], tile[:, -1]))
+    assert all((tile == 255).all() for tile in tiles[2 + heads : first])
+    scale = len(tiles[0]) // (LARGE * len(inside.image))
+    for place in range(words):
+        attention = inside.cross[-1].mean(0)[..., place]
+        expected = heat_overlay(inside.image.repeat(LARGE, 0).repeat(LARGE, 1), attention / attention.max())
+        found = tiles[first + kinds * place][::scale, ::scale]
+        assert np.array_equal(found[1:-1, 1:-1], expected[1:-1, 1:-1])
 
 
 def test_a_prompt_that_would_be_cut_is_refused(pipeline):

@@ -7,7 +7,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from truth.closed_form_diffusion import gaussian_denoiser
+from truth.closed_form_diffusion import MEAN, SPREAD, gaussian_denoiser
 from truth.tiny_raphael import write_pipeline
 
 from raphael.base.config.sampling import Sampling
@@ -101,6 +101,29 @@ def test_a_scheduler_and_our_sampler_of_that_name_agree(pipeline, name, steps):
         Sampling(name), gaussian_denoiser, starts(), noise.sampling_sigmas(steps), Condition(), lambda i: starts()
     )
     torch.testing.assert_close(found, ours, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [4, 20])
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+def test_ddim_over_v_up_to_a_last_step_without_signal_is_diffusers_own(pipeline, zero_terminal_snr, steps):
+    """Their loop by hand, in their coordinates; the scheduler in ours, and our sampler."""
+    config = replace(pipeline.diffusion, prediction="v", zero_terminal_snr=zero_terminal_snr)
+    noise, scheduler = noise_of(config), made(diffusers.DDIMScheduler, scheduler_config(config))
+    told = scheduler.config
+    assert told.prediction_type == "v_prediction" and told.rescale_betas_zero_snr == zero_terminal_snr
+    torch.testing.assert_close(scheduler.alphas_cumprod.double(), noise.alpha_bar, rtol=0, atol=1e-5)
+    assert (scheduler.alphas_cumprod[-1] == 0) == zero_terminal_snr
+    scheduler.alphas_cumprod = noise.alpha_bar.clone()  # theirs are products of a thousand float32 numbers
+    scheduler.set_timesteps(steps)
+    x = starts()
+    for t in scheduler.timesteps:
+        signal, spread = noise.alpha_bar[t].sqrt(), (1 - noise.alpha_bar[t]).sqrt()
+        x0 = MEAN + signal * SPREAD**2 / ((signal * SPREAD) ** 2 + spread**2) * (x - signal * MEAN)
+        x = scheduler.step(signal * (x - signal * x0) / spread - spread * x0, t, x).prev_sample
+    how = Sampling("ddim")
+    ours = sample(how, gaussian_denoiser, starts(), noise.sampling_sigmas(steps), Condition(), lambda i: starts())
+    torch.testing.assert_close(ours, x, rtol=0, atol=1e-9)
+    torch.testing.assert_close(run(scheduler, noise, starts(), steps), x, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(
