@@ -78,8 +78,11 @@ def start(num_workers: int, without: str) -> None:
     """
     import ray
 
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level="WARNING")
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(log_to_driver=False, logging_level="WARNING")
+        except Exception as error:  # of several kinds, by how far it came
+            raise StageError(f"no Ray cluster answers at {address} ({reason(error)}); start it, or {without}") from None
         return
     home = private_folder(FOLDER, Path(os.environ.get("RAY_TMPDIR", "/tmp")))
     _folders.append(home)
