@@ -2,19 +2,21 @@
 RAY_ADDRESS names, else a Ray of this machine alone.
 
 What travels is a task and a hash; actors read and write the workspace, which lies on a file system that all machines
-share. Ray starts an actor again where there is room when its process or its machine is lost, and gives it its task
-again. Plain actors and `ray.wait` rather than Ray Data: tasks are dealt out one by one as they become known, so that
+share. Plain actors and `ray.wait` rather than Ray Data: tasks are dealt out one by one as they become known, so that
 memory is that of one task a worker, and they carry rows, not blocks (docs/decisions/pipeline.md).
 """
 
 from __future__ import annotations
 
+import itertools
 import os
+import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline.engine.work import ATTEMPTS, Finished, Ran, Task, Work, Worker, perform, start_worker, words_of
+from data_pipeline.engine.work import ATTEMPTS, Finished, Ran, Task, Work, perform, start_worker, words_of
 from raphael.base.ray_cluster import prepare_environment, reason, start, stop
 from raphael.base.stage import StageError
 
@@ -28,24 +30,19 @@ class TaskWorker:
     """What an actor is. An error that a person can cause is an answer, not an exception: Ray would wrap it."""
 
     def __init__(self, work: Work):
-        self.work = work
-        self.worker: Worker | None = None
+        self.work, self.worker = work, None
 
     def ready(self) -> tuple[str, Any]:
         """("node", its id) once the models are loaded."""
         import ray
 
         try:
-            if self.worker is None:
-                self.worker = start_worker(self.work)
+            self.worker = start_worker(self.work)
         except (StageError, ValueError, OSError) as error:
             return "failed", words_of(error)
         return "node", ray.get_runtime_context().get_node_id()
 
     def perform(self, task: Task) -> tuple[str, Any]:
-        kind, said = self.ready()  # a restarted actor has not been asked
-        if kind == "failed":
-            return kind, said
         try:
             return "done", perform(self.worker, task)
         except (StageError, ValueError, OSError) as error:
@@ -65,45 +62,102 @@ def on_ray(pipeline: PipelineConfig, work: Work, tasks: Iterator[Task], ran: Ran
     began_s = time.monotonic()
     try:
         start(pipeline.workers, "set pipeline.engine to local")
-        yield from _deal(pipeline, work, first, tasks, (ran, began_s))
+        yield from _Dealing(pipeline, work, ran, began_s).results(itertools.chain([first], tasks))
     except ray.exceptions.RayError as error:
         raise StageError(reason(error)) from None
     finally:
         stop()
 
 
-def _deal(
-    pipeline: PipelineConfig, work: Work, first: Task, tasks: Iterator[Task], timed: tuple[Ran, float]
-) -> Finished:
-    import ray
+class _Dealing:
+    """Tasks to actors, one each at a time. An actor that is lost, with its process or its machine, is not waited for:
+    its task goes to whoever is free next, and a new actor starts where there is room."""
 
-    ran, began_s = timed
-    options = _asked(pipeline.of(work.stage), work.device)
-    _expect_room(work.stage, options)
-    actor_class = ray.remote(TaskWorker).options(**options, max_restarts=-1, max_task_retries=ATTEMPTS - 1)
-    asked: dict[Any, tuple[Any, Task | None]] = {}  # what is waited for -> (actor, its task; None: to be ready)
-    for _ in range(pipeline.workers):
-        actor = actor_class.remote(work)
-        asked[actor.ready.remote()] = actor, None
-    nodes: set[str] = set()
-    upcoming: Task | None = first
-    while asked and (upcoming is not None or any(task is not None for _, task in asked.values())):
-        finished, _ = ray.wait(list(asked), timeout=None if nodes else ROOM_S)
+    def __init__(self, pipeline: PipelineConfig, work: Work, ran: Ran, began_s: float):
+        import ray
+
+        self.work, self.ran, self.began_s = work, ran, began_s
+        self.options = _asked(pipeline.of(work.stage), work.device)
+        _expect_room(work.stage, self.options)
+        # no retries of Ray's own: it asks a machine that is gone until it knows that, and then gives up
+        self.make = ray.remote(TaskWorker).options(**self.options, max_restarts=0, max_task_retries=0)
+        self.asked: dict[Any, _Asked] = {}  # what is waited for
+        self.nodes: set[str] = set()
+        self.ready = self.still_born = 0
+        for _ in range(pipeline.workers):
+            self.add()
+
+    def add(self) -> None:
+        actor = self.make.remote(self.work)
+        self.asked[actor.ready.remote()] = _Asked(actor)
+
+    def results(self, tasks: Iterator[Task]) -> Finished:
+        again: list[tuple[Task, int]] = []
+        free: list[Any] = []
+        upcoming = next(tasks, None)
+        while upcoming is not None or again or any(asked.task is not None for asked in self.asked.values()):
+            while free and (again or upcoming is not None):
+                task, attempt = again.pop() if again else (upcoming, 1)
+                if attempt == 1:
+                    upcoming = next(tasks, None)
+                actor = free.pop()
+                self.asked[actor.perform.remote(task)] = _Asked(actor, task, attempt)
+            asked, answer = self._wait()
+            if answer is None:
+                again += self._lost(asked)
+                self.add()
+                continue
+            free.append(asked.actor)
+            if asked.task is not None:
+                yield asked.task, answer
+
+    def _wait(self) -> tuple[_Asked, Any]:
+        """(who was asked, the answer; None of one that is lost)."""
+        import ray
+
+        is_busy = any(asked.task is not None for asked in self.asked.values())
+        finished, _ = ray.wait(list(self.asked), timeout=None if is_busy else ROOM_S)
         if not finished:
-            raise StageError(_no_room(work.stage, options))
-        actor, task = asked.pop(finished[0])
-        kind, said = ray.get(finished[0])
+            raise StageError(_no_room(self.work.stage, self.options))
+        asked = self.asked.pop(finished[0])
+        try:
+            kind, said = ray.get(finished[0])
+        except ray.exceptions.RayTaskError:  # a fault of the worker's code
+            raise
+        except ray.exceptions.RayError as error:
+            asked.lost = reason(error).split(". ")[0]  # Ray goes on about what may be set
+            return asked, None
         if kind == "failed":
             raise StageError(said)
         if kind == "node":
-            ran.starting_s = ran.starting_s or time.monotonic() - began_s
-            nodes.add(said)
-            ran.workers, ran.nodes = ran.workers + 1, len(nodes)
-        if upcoming is not None:
-            asked[actor.perform.remote(upcoming)] = actor, upcoming
-            upcoming = next(tasks, None)
-        if task is not None:
-            yield task, said
+            self.ran.starting_s = self.ran.starting_s or time.monotonic() - self.began_s
+            self.nodes.add(said)
+            self.ready += 1
+            self.ran.workers, self.ran.nodes = max(self.ran.workers, self.ready), len(self.nodes)
+        return asked, said
+
+    def _lost(self, asked: _Asked) -> list[tuple[Task, int]]:
+        """What is to be done again. Raises StageError where workers die too often."""
+        import ray
+
+        ray.kill(asked.actor)  # it may only be out of reach
+        self.still_born += asked.task is None
+        self.ready -= asked.task is not None
+        if ATTEMPTS in (self.still_born, asked.attempt if asked.task is not None else 0):
+            where = "as they started" if asked.task is None else f"at {asked.task.done.name}"
+            raise StageError(f"workers died {ATTEMPTS} times {where} ({asked.lost}); what is finished stays")
+        print(f"{self.work.stage}: a worker died ({asked.lost}); its task is done again", file=sys.stderr, flush=True)
+        return [] if asked.task is None else [(asked.task, asked.attempt + 1)]
+
+
+@dataclass
+class _Asked:
+    """An actor that has a task; None: that it should become ready. lost: why it did not answer."""
+
+    actor: Any
+    task: Task | None = None
+    attempt: int = 0
+    lost: str = ""
 
 
 def _asked(resources: WorkerResources, device: str) -> dict[str, float]:

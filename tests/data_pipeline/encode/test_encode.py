@@ -246,7 +246,8 @@ def test_several_workers_end_in_the_same_records_and_the_same_report(mixed, monk
     encode.run(config, stage)
     assert digest(mixed) == alone
     assert report(mixed, "encode") == {**told, "engine": engine} and told["engine"] == "local"
-    assert stage.timings["engine"]["partitions"] == COUNT / 2 and stage.timings["engine"]["workers"] == 2
+    ran = stage.timings["engine"]
+    assert ran["partitions"] == COUNT / 2 and 1 <= ran["workers"] <= 2 and ran["starting_s"] > 0
 
 
 def test_sizes_that_the_autoencoder_and_the_network_cannot_halve_are_refused(mixed, project, monkeypatch):

@@ -178,12 +178,15 @@ def test_ray_leaves_the_files_of_one_process_whoever_is_killed(root, ray_environ
 
 @pytest.mark.slow
 def test_two_nodes_leave_the_same_files_when_one_of_them_is_lost(root, ray_environment):
-    """The second node is killed as the sixth file is there; its actor has nowhere to go, the other does its task."""
+    """The second node is killed while both work; its actor has nowhere to go, the other does its task."""
     with TwoNodes() as nodes:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token())
 
         def watched():
             for number, task in enumerate(squares(root, [0.3] * TASKS)):
+                until_s = time.monotonic() + 120
+                while number == 4 and len(list(root.glob("work/worker-*"))) < 2 and time.monotonic() < until_s:
+                    time.sleep(0.1)
                 if number == 8:
                     nodes.kill_second()
                 yield task
