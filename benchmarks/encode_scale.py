@@ -21,8 +21,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import yaml
 from _machine import judged, keep, within
+
+from flows.workspace.settings import flat, merged
 
 ROWS, SHARD_ROWS = (10_000, 100_000, 1_000_000), 10_000
 PROJECT = Path(__file__).resolve().parents[1]
@@ -65,14 +66,9 @@ def make(root: Path, count: int, side_px: int = 8) -> None:
             captions = [f"a {COLOURS[number % 3]} square, number {number} of a long list" for number in numbers]
             names = [f"{shard:05d}.tar"] * len(keys)
             writer.write_table(pa.table({"key": keys, "shard": names, "caption": captions}, schema=schema))
-    settings = yaml.safe_load((PROJECT / "params.yaml").read_text(encoding="utf-8"))
-    preset = yaml.safe_load((PROJECT / "raphael/presets/tiny-debug.yaml").read_text(encoding="utf-8"))
-    preset["unet"]["latent_channels"], preset["vae"]["channels"] = 3, [8]
-    (root / "preset.yaml").write_text(yaml.safe_dump(preset), encoding="utf-8")
-    settings["picture"]["sizes_px"], settings["model"]["preset"] = [[8, 8]], str(root / "preset.yaml")
-    settings["autoencoder"]["pretrained"] = "pixels"
-    settings["encode"] |= {"batch_size": 32, "fields": ["pixels", "label"], "label_pattern": "red|green|blue"}
-    (root / "params.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    own = {"picture.sizes_px": [[8, 8]], "encode.batch_size": 32, "encode.label_pattern": "red|green|blue"}
+    overlay = flat(PROJECT / "params.ddpm.yaml")  # of pixels and labels
+    (root / "params.yaml").write_text(merged(PROJECT / "params.yaml", overlay, own), encoding="utf-8")
 
 
 def encode(root: Path) -> dict[str, float]:
