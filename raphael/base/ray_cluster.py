@@ -1,6 +1,6 @@
 """The life of a Ray of ours: its environment, start, end, and what its exceptions mean.
 
-Training (raphael/train/distributed/ray_trainer.py) and scoring (data_pipeline/score/on_ray.py) use it alike.
+Training (raphael/train/distributed/ray_trainer.py) and the data stages (data_pipeline/engine/on_ray.py) use it alike.
 
 Safety: Ray's own ports can run any code, and its folder of sessions is everyone's by default; ours is this user's
 alone and goes with its Ray. They ask for a token that is fresh in every process, and are bound to loopback
