@@ -21,24 +21,38 @@ import tempfile
 import time
 from pathlib import Path
 
-import yaml
 from _machine import judged, keep, within
+
+from flows.workspace.settings import flat, merged
 
 ROWS, SHARD_ROWS = (10_000, 100_000, 1_000_000), 10_000
 PROJECT = Path(__file__).resolve().parents[1]
 COLOURS = ("red", "green", "blue")
 
 
-def make(root: Path, count: int) -> None:
-    """data/shards, data/captions and the settings, as the stages before would leave them."""
+def picture(side_px: int) -> tuple[bytes, str]:
+    """An image of one colour as PNG, or from 64 px on a smooth one as JPEG, whose decoding is work."""
+    import numpy as np
+    from PIL import Image
+
+    stream = io.BytesIO()
+    if side_px < 64:
+        Image.new("RGB", (side_px, side_px), (200, 30, 30)).save(stream, "PNG")
+        return stream.getvalue(), "png"
+    coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (side_px // 16, side_px // 16, 3), np.uint8))
+    coarse.resize((side_px, side_px), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=95)
+    return stream.getvalue(), "jpg"
+
+
+def make(root: Path, count: int, side_px: int = 8) -> None:
+    """data/shards, data/captions and the settings, as the stages before would leave them. side_px: of the images; the
+    records' are 8 px."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-    from PIL import Image
 
     (root / "data/shards").mkdir(parents=True)
     (root / "data/captions").mkdir()
-    stream = io.BytesIO()
-    Image.new("RGB", (8, 8), (200, 30, 30)).save(stream, "PNG")
+    body, suffix = picture(side_px)
     schema = pa.schema([(name, pa.string()) for name in ("key", "shard", "caption")])
     with pq.ParquetWriter(root / "data/captions/captions.parquet", schema) as writer:
         for shard in range(-(-count // SHARD_ROWS)):
@@ -46,20 +60,15 @@ def make(root: Path, count: int) -> None:
             keys = [f"{number:09d}" for number in numbers]
             with tarfile.open(root / f"data/shards/{shard:05d}.tar", "w") as tar:
                 for key in keys:
-                    member = tarfile.TarInfo(f"{key}.png")
-                    member.size = len(stream.getvalue())
-                    tar.addfile(member, io.BytesIO(stream.getvalue()))
+                    member = tarfile.TarInfo(f"{key}.{suffix}")
+                    member.size = len(body)
+                    tar.addfile(member, io.BytesIO(body))
             captions = [f"a {COLOURS[number % 3]} square, number {number} of a long list" for number in numbers]
             names = [f"{shard:05d}.tar"] * len(keys)
             writer.write_table(pa.table({"key": keys, "shard": names, "caption": captions}, schema=schema))
-    settings = yaml.safe_load((PROJECT / "params.yaml").read_text(encoding="utf-8"))
-    preset = yaml.safe_load((PROJECT / "raphael/presets/tiny-debug.yaml").read_text(encoding="utf-8"))
-    preset["unet"]["latent_channels"], preset["vae"]["channels"] = 3, [8]
-    (root / "preset.yaml").write_text(yaml.safe_dump(preset), encoding="utf-8")
-    settings["picture"]["sizes_px"], settings["model"]["preset"] = [[8, 8]], str(root / "preset.yaml")
-    settings["autoencoder"]["pretrained"] = "pixels"
-    settings["encode"] |= {"batch_size": 32, "fields": ["pixels", "label"], "label_pattern": "red|green|blue"}
-    (root / "params.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    own = {"picture.sizes_px": [[8, 8]], "encode.batch_size": 32, "encode.label_pattern": "red|green|blue"}
+    overlay = flat(PROJECT / "params.ddpm.yaml")  # of pixels and labels
+    (root / "params.yaml").write_text(merged(PROJECT / "params.yaml", overlay, own), encoding="utf-8")
 
 
 def encode(root: Path) -> dict[str, float]:

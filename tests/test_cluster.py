@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data_pipeline.engine.run import device_of
 from flows.workspace import settings
+from raphael.base.config.data import STAGES_ON_ENGINE
 from raphael.base.config.params import load_config
 from raphael.base.config.preset import load_preset
+from raphael.base.images.sizes import least_short_side
 
 PROJECT = Path(__file__).parents[1]
 CLUSTER = PROJECT / "cluster"
@@ -213,3 +216,23 @@ def test_the_nodes_containers_have_no_more_rights_than_they_need_and_one_image()
     docker = read("ray-cluster.yaml")["docker"]
     assert re.search(r"@sha256:[0-9a-f]{64}$", docker["image"])
     assert {"--security-opt=no-new-privileges", "--cap-drop=ALL"} <= set(docker["run_options"])
+
+
+def test_the_settings_are_those_of_laions_photographs_and_nothing_of_the_demo_is_left(tmp_path, monkeypatch):
+    overlay = settings.flat(CLUSTER / "params.raphael-3b.yaml")
+    (tmp_path / "params.yaml").write_text(settings.merged(PROJECT / "params.yaml", overlay))
+    config, demo = load_config(tmp_path / "params.yaml"), load_config(PROJECT / "params.yaml")
+    assert config.source.kind == "parquet" and config.download.local_host == ""
+    assert config.select.score_rules and config.score.computed == ("aesthetic",) and config.filter.opt_out
+    assert (config.filter.min_aesthetic, config.filter.max_watermark, config.filter.max_unsafe) == (4.7, 0.5, 0.5)
+    assert config.download.encode_format == "jpg" and config.encode.edge_detector == "pidinet"
+    assert config.picture.too_small == "drop"  # a list of small images ends in `filter`, not in a training on blur
+    needed = least_short_side(config.picture.sizes_px, config.filter.max_aspect_ratio)
+    assert config.download.image_size_px >= needed > demo.download.image_size_px
+    assert config.filter.min_side_px == min(side for size in config.picture.sizes_px for side in size)
+    assert config.filter.near_duplicate_bits == 4
+    assert config.pipeline.engine == "ray" and config.pipeline.workers == GPUS
+    gpus = {stage: config.pipeline.of(stage).gpus for stage in STAGES_ON_ENGINE}
+    assert gpus == {"score": 1, "filter": 0, "encode": 1}
+    monkeypatch.setenv("RAY_ADDRESS", "auto")  # of a head without a GPU
+    assert [device_of(config, stage).type for stage in ("score", "encode")] == ["cuda", "cuda"]

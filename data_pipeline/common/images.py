@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,26 +68,35 @@ def read_captions(path: Path) -> list[dict[str, Any]]:
     return [vars(row) for row in CaptionRows(path)]
 
 
-def read_images(
-    shards: Path, rows: Iterable[CaptionRow], is_wanted: Callable[[int], bool] = lambda number: True
-) -> Iterator[tuple[CaptionRow, Image.Image]]:
+def read_images(shards: Path, rows: Iterable[CaptionRow]) -> Iterator[tuple[CaptionRow, Image.Image]]:
     """(row, RGB image) of the rows, in their order; each shard is opened once where its rows lie side by side.
 
-    is_wanted: of a row's number; others are passed over, and their images not decoded. Raises StageError, one line,
-    that names shard and key where an image is missing or broken.
+    Raises StageError, one line, that names shard and key where an image is missing or broken.
     """
-    shard = Shard(None)
+    reader = ShardReader(shards)
     try:
-        for number, row in enumerate(rows):
-            if not is_wanted(number):
-                continue
-            path = shards / (row.shard if row.shard.endswith(".tar") else f"{row.shard}.tar")
-            if shard.path != path:
-                shard.close()
-                shard = Shard(path)
-            yield row, shard.image(row.key)
+        for row in rows:
+            yield row, reader.image(row)
     finally:
-        shard.close()
+        reader.close()
+
+
+class ShardReader:
+    """The images of rows, the shard that was read last kept open. folder: of the shards."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.shard = folder, Shard(None)
+
+    def image(self, row: CaptionRow) -> Image.Image:
+        """RGB. Raises StageError that names shard and key."""
+        path = self.folder / (row.shard if row.shard.endswith(".tar") else f"{row.shard}.tar")
+        if self.shard.path != path:
+            self.shard.close()
+            self.shard = Shard(path)
+        return self.shard.image(row.key)
+
+    def close(self) -> None:
+        self.shard.close()
 
 
 def heldout(keys: list[str]) -> np.ndarray:

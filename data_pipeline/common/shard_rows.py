@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,3 +66,12 @@ def computed_scores(table: Path, ids: np.ndarray) -> dict[str, np.ndarray]:
     if not np.array_equal(scored[ID].to_numpy(), ids):
         raise StageError(f"{SCORED / table.name}: its rows are not those of {table}; run the stage score again")
     return {name: scored[name].to_numpy() for name in names}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A shard's table beside its tar, and the scores of its rows, float64 (n,) by name."""
+
+    path: Path
+    table: pa.Table
+    scored: dict[str, np.ndarray]

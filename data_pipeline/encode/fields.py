@@ -48,14 +48,15 @@ class Tools:
 
 @dataclass(frozen=True)
 class Pictures:
-    """A batch of one bucket: images uint8 (B,H,W,3), fitted; captions; numbers, the rows' places among all."""
+    """A batch of one bucket: images uint8 (B,H,W,3), fitted; captions; labels int32 (B,) where records hold them."""
 
     images: np.ndarray
     captions: list[str]
-    numbers: np.ndarray
+    labels: np.ndarray | None = None
 
     def __getitem__(self, part: slice) -> Pictures:
-        return Pictures(self.images[part], self.captions[part], self.numbers[part])
+        labels = None if self.labels is None else self.labels[part]
+        return Pictures(self.images[part], self.captions[part], labels)
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ ENCODERS: dict[str, FieldEncoder] = {
     LABEL: FieldEncoder(
         "int32",
         lambda tools, size: (),
-        lambda tools, pictures: tools.labels.values[pictures.numbers],
+        lambda tools, pictures: pictures.labels,
         lambda tools: tools.labels.facts(),
         (LABELS,),
     ),

@@ -1,6 +1,6 @@
 """Encode every kept image once, at the size nearest to its shape, into the fields that `encode.fields` names: the
 autoencoder's raw moments, the caption's token ids, the edge map, or others (data_pipeline/encode/fields.py). Writes
-data/records."""
+data/records. Chunks of rows are the tasks that `pipeline` spreads (data_pipeline/engine)."""
 
 from __future__ import annotations
 
@@ -8,47 +8,45 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_pipeline.common.caption_rows import CaptionRow, CaptionRows
-from data_pipeline.common.images import CAPTIONS, SHARDS, fit, read_images, shard_inputs
+from data_pipeline.common.caption_rows import CaptionRows
+from data_pipeline.common.images import CAPTIONS, SHARDS, shard_inputs
 from data_pipeline.common.places import METADATA, REPEATS
-from data_pipeline.encode.buckets import nearest_size
-from data_pipeline.encode.fields import (
-    AUTOENCODER,
-    LABELS,
-    TEXT_ENCODER,
-    Pictures,
-    Tools,
-    bucket_fields,
-    edge_weights,
-    named,
-)
+from data_pipeline.encode.chunks import MODELS, Chunk, ChunkEncoder, chunk_encoder, load_tools, needs
+from data_pipeline.encode.fields import LABELS, Tools, bucket_fields, edge_weights, named
 from data_pipeline.encode.labels import read_labels
 from data_pipeline.encode.repeats import has_repeats, read_repeats
+from data_pipeline.engine.run import device_of as engine_device
+from data_pipeline.engine.run import finish, is_here
+from data_pipeline.engine.work import Work
 from raphael.base.config.params import Config
-from raphael.base.files import written_whole
 from raphael.base.integrity.pieces import Pieces
 from raphael.base.manifest import read_manifest
 from raphael.base.records import CAPTIONS as CAPTIONS_FILE
 from raphael.base.records import FORM, Fields, RecordWriter
-from raphael.base.stage import Stage, StageError, device_of, file_sha256
+from raphael.base.stage import Stage, StageError, file_sha256
 from raphael.base.strict import to_dict
 
 if TYPE_CHECKING:
-    from PIL import Image
+    import torch
 
 OUT = Path("data/records")
-MODELS = {AUTOENCODER: Path("models/autoencoder"), TEXT_ENCODER: Path("models/clip")}
 CHUNK_BATCHES = 16  # batches between two points from which a killed run resumes
 
 
+def device_of(config: Config) -> torch.device:
+    """What images are encoded on. Raises ConfigError."""
+    return engine_device(config, "encode")
+
+
 def run(config: Config, stage: Stage) -> None:
-    needed = {need for encoder in named(config).values() for need in encoder.needs}
+    needed = needs(config)
     models = [folder for name, folder in MODELS.items() if name in needed]
     for folder in models:
         if not folder.is_dir():
@@ -57,35 +55,22 @@ def run(config: Config, stage: Stage) -> None:
     rows = CaptionRows(CAPTIONS)
     if not len(rows):
         raise StageError(f"{CAPTIONS}: got no rows, expected at least one image; look at reports/filter.json")
-    tools = _load(config, needed, rows)
+    tools = load_tools(config, str(device_of(config)) if is_here(config.pipeline) else "cpu")
+    if LABELS in needed:
+        tools = replace(tools, labels=read_labels(config.encode, rows))
     _check_fit(tools)
     settings = [config.encode.decisive(), to_dict(config.picture), tools.unet and tools.unet.attention_levels]
     inputs = [*shard_inputs(stage), *(folder.resolve() for folder in models)]
     inputs += [METADATA] if config.encode.label_column or has_repeats() else []
     work = stage.workdir(*inputs, *edge_weights(config), settings)
     facts, fields = {**_facts(tools), **read_repeats(rows)}, bucket_fields(tools)
-    chunks = _encode(stage, work, rows, tools)
+    chunks, engine = _encode(stage, work, rows, tools)
     finished, counts = _assemble(work, chunks, rows, fields, facts)
     known = read_manifest(finished, FORM)["facts"]["xxh3_128"]
     stage.publish(finished, OUT, known)
     shutil.rmtree(work)  # the chunks are a second copy of the records
     shown = {name: value for name, value in facts.items() if name != REPEATS}  # a key for each image
-    stage.report(len(rows), len(rows), **shown, buckets=counts)
-
-
-def _load(config: Config, needed: set[str], rows: CaptionRows) -> Tools:
-    from raphael.encoders.autoencoder import load_autoencoder
-    from raphael.encoders.text import load_text_encoder
-
-    device = device_of(config)
-    return Tools(
-        config,
-        config.model.load(),
-        device,
-        load_autoencoder(MODELS[AUTOENCODER]).to(device) if AUTOENCODER in needed else None,
-        load_text_encoder(MODELS[TEXT_ENCODER]) if TEXT_ENCODER in needed else None,  # token ids need no device
-        read_labels(config.encode, rows) if LABELS in needed else None,
-    )
+    stage.report(len(rows), len(rows), **engine, **shown, buckets=counts)
 
 
 def _check_fit(tools: Tools) -> None:
@@ -112,49 +97,30 @@ def _check_fit(tools: Tools) -> None:
             )
 
 
-def _encode(stage: Stage, work: Path, rows: CaptionRows, tools: Tools) -> list[Path]:
-    """All rows in chunks, one file each; those of an earlier run stay. One pass through rows and shards."""
-    size = tools.config.encode.batch_size * CHUNK_BATCHES
+def _encode(stage: Stage, work: Path, rows: CaptionRows, tools: Tools) -> tuple[list[Path], dict[str, str]]:
+    """All rows in chunks, one file each; those of an earlier run stay. Returns the files in the rows' order, and what
+    the report says of the engine."""
+    config, size = tools.config, tools.config.encode.batch_size * CHUNK_BATCHES
     chunks = [work / f"chunk_{start:09d}.npz" for start in range(0, len(rows), size)]
-    pieces = Pieces(work, stage.name)
-    missing = [not pieces.has(path) for path in chunks]
-    with stage.progress(len(rows), "images") as bar:
-        images = read_images(SHARDS, rows, lambda number: missing[number // size])
+
+    def tasks() -> Iterator[Chunk]:
+        in_order = iter(rows)
         for number, path in enumerate(chunks):
-            start, count = number * size, min(size, len(rows) - number * size)
-            if missing[number]:
-                _encode_chunk(path, islice(images, count), np.arange(start, start + count), tools)
-                pieces.add(path)
-            bar.update(count)
-        images.close()
-    return chunks
+            labels = tools.labels.values[number * size : (number + 1) * size] if tools.labels is not None else None
+            yield Chunk(path, tuple(islice(in_order, size)), labels)
 
-
-def _encode_chunk(
-    path: Path, images: Iterator[tuple[CaptionRow, Image.Image]], numbers: np.ndarray, tools: Tools
-) -> None:
-    """The rows of those numbers into one file, atomically. Batches are the same whenever a run began.
-
-    The file: "bucket" (count,), the index of each row's size, and the fields of each bucket that got any, in their
-    rows' order.
-    """
-    sizes, size = tools.config.picture.sizes_px, tools.config.encode.batch_size
-    pad = tools.config.picture.too_small == "pad"
-    buckets = np.empty(len(numbers), np.int64)
-    fitted: dict[int, list[np.ndarray]] = {}
-    captions: dict[int, list[str]] = {}
-    for place, (row, image) in enumerate(images):
-        bucket = buckets[place] = nearest_size(image.height, image.width, sizes)
-        fitted.setdefault(bucket, []).append(fit(image, *sizes[bucket], tools.config.autoencoder.is_pixels, pad))
-        captions.setdefault(bucket, []).append(row.caption)
-    arrays = {"bucket": buckets}
-    for bucket in sorted(fitted):
-        whole = Pictures(np.stack(fitted.pop(bucket)), captions[bucket], numbers[buckets == bucket])
-        batches = [whole[at : at + size] for at in range(0, len(whole.captions), size)]
-        for name, encoder in named(tools.config).items():
-            arrays[f"{bucket}/{name}"] = np.concatenate([encoder.values(tools, batch) for batch in batches])
-    with written_whole(path) as temporary:
-        np.savez(temporary, **arrays)
+    shards, device = SHARDS.resolve(), str(device_of(config))
+    encoding = Work(
+        stage.name,
+        stage.root,
+        chunk_encoder,
+        (config, device, shards),
+        device,
+        here=lambda: ChunkEncoder(tools, shards),  # whose models are loaded
+    )
+    with stage.progress(len(rows), "images") as bar:
+        engine = finish(config.pipeline, encoding, tasks(), Pieces(work, stage.name), stage, bar)
+    return chunks, engine
 
 
 def _facts(tools: Tools) -> dict[str, Any]:

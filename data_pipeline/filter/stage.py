@@ -8,6 +8,7 @@ rules and their order are those of data_pipeline/common/rules.py.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +29,9 @@ from data_pipeline.common.schema import (
     URL,
     WIDTH,
 )
-from data_pipeline.common.shard_rows import ListScores, computed_scores, shard_tables
+from data_pipeline.common.shard_rows import ListScores, Rows, computed_scores, shard_tables
 from data_pipeline.common.tables import open_parquet, table_writer
-from raphael.base.stage import Stage, StageError
+from raphael.base.stage import Progress, Stage, StageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,32 +47,43 @@ def run(config: Config, stage: Stage) -> None:
     scored = SCORED if SCORED.is_dir() else ""  # absent where the stage is run by itself
     evaluation = Path(config.filter.evaluation_pictures) if config.filter.evaluation_pictures else ""
     work = stage.workdir(LINKS, tables, scored, evaluation, repr(config.filter), opt_out.fingerprint, *_sizes(config))
-    scores = ListScores(LINKS)
-    rules = [*score_rules(config.filter), *size_rules(config.picture)]
-    seen: set[bytes] = set()
-    dropped: dict[str, int] = {}
-    total = kept = 0
     rows = sum(open_parquet(table).metadata.num_rows for table in tables)
+    judge, engine = _Judge(config, opt_out), {}
     near = _near_duplicates(config, work, rows)
-    writer = table_writer(work / "pictures.parquet", image_schema(), compression="zstd")
-    with stage.progress(rows, "rows") as bar, writer:
-        for path in tables:
-            table = open_parquet(path).read()
-            ids = table[ID].to_numpy()
-            scored = scores.of(ids, path) | computed_scores(path, ids)
-            alive, successes = _judge(table, scored, opt_out_rules(table, opt_out) + rules, seen, dropped)
-            if near:
-                alive = near.look(table[KEY].to_pylist(), path.with_suffix(".tar"), alive, dropped)
-            total, kept = total + successes, kept + int(alive.sum())
-            writer.write_table(_kept_rows(table, scored, path, alive))
-            bar.update(len(table), kept=kept)
+    judged = judge.judged(_shards(tables))
     if near:
-        kept -= near.take_out(work / "pictures.parquet", dropped)
+        engine = near.hash_images(config, stage, work, judged, rows)
+        judged = near.looked_at(_shards(tables), judge.dropped)
+    with stage.progress(rows, "rows") as bar:
+        kept = _write(work / "pictures.parquet", judged, bar)
+    if near:
+        kept -= near.take_out(work / "pictures.parquet", judge.dropped)
     if not kept:
-        raise StageError(f"no image of {total:,} is left ({dropped}); {_advice(config, dropped)} in {config.file}")
+        found = f"no image of {judge.total:,} is left ({judge.dropped})"
+        raise StageError(f"{found}; {_advice(config, judge.dropped)} in {config.file}")
     stage.publish(work / "pictures.parquet", FILTERED)
     shutil.rmtree(work)
-    stage.report(total, kept, dropped)
+    stage.report(judge.total, kept, judge.dropped, **engine)
+
+
+def _shards(tables: list[Path]) -> Iterator[Rows]:
+    """The rows of every shard, with their scores."""
+    scores = ListScores(LINKS)
+    for path in tables:
+        table = open_parquet(path).read()
+        ids = table[ID].to_numpy()
+        yield Rows(path, table, scores.of(ids, path) | computed_scores(path, ids))
+
+
+def _write(path: Path, judged: Iterable[tuple[Rows, np.ndarray]], bar: Progress) -> int:
+    """The rows that are alive. Returns how many."""
+    kept = 0
+    with table_writer(path, image_schema(), compression="zstd") as writer:
+        for rows, alive in judged:
+            kept += int(alive.sum())
+            writer.write_table(_kept_rows(rows.table, rows.scored, rows.path, alive))
+            bar.update(len(rows.table), kept=kept)
+    return kept
 
 
 def _sizes(config: Config) -> list[Any]:
@@ -107,22 +119,36 @@ def image_schema() -> pa.Schema:
     return pa.schema([(name, types.get(name, text)) for name in IMAGE_COLUMNS])
 
 
-def _judge(table, scored: dict, rules: list, seen: set[bytes], dropped: dict[str, int]) -> tuple[np.ndarray, int]:
-    """Which rows of a shard stay, bool (n,), and how many were images at all. Adds to `seen` and `dropped`."""
-    import numpy as np
-    import pyarrow.compute as pc
+class _Judge:
+    """The rules, from shard to shard: total, of rows that are images, and what was dropped of them by reason."""
 
-    success = pc.equal(table[STATUS], SUCCESS).to_numpy(zero_copy_only=False)
-    sizes = {part: table[part].cast("float64").to_numpy(zero_copy_only=False) for part in (WIDTH, HEIGHT)}
-    alive = apply(rules, {**scored, **sizes}, success.copy(), dropped)
-    digests = table[SHA256].to_pylist()
-    for row in np.flatnonzero(alive):
-        digest = bytes.fromhex(digests[row][:32])  # 128 of 256 bits: no accidental match, half the memory
-        if digest in seen:
-            alive[row] = False
-            dropped[SAME_BYTES] = dropped.get(SAME_BYTES, 0) + 1
-        seen.add(digest)
-    return alive, int(success.sum())
+    def __init__(self, config: Config, opt_out: OptOut):
+        self.rules, self.opt_out = [*score_rules(config.filter), *size_rules(config.picture)], opt_out
+        self.seen: set[bytes] = set()
+        self.dropped: dict[str, int] = {}
+        self.total = 0
+
+    def judged(self, shards: Iterable[Rows]) -> Iterator[tuple[Rows, np.ndarray]]:
+        """Each with which of its rows stay, bool (n,)."""
+        for rows in shards:
+            yield rows, self._judge(rows.table, rows.scored, opt_out_rules(rows.table, self.opt_out) + self.rules)
+
+    def _judge(self, table: pa.Table, scored: dict[str, np.ndarray], rules: list) -> np.ndarray:
+        import numpy as np
+        import pyarrow.compute as pc
+
+        success = pc.equal(table[STATUS], SUCCESS).to_numpy(zero_copy_only=False)
+        sizes = {part: table[part].cast("float64").to_numpy(zero_copy_only=False) for part in (WIDTH, HEIGHT)}
+        alive = apply(rules, {**scored, **sizes}, success.copy(), self.dropped)
+        digests = table[SHA256].to_pylist()
+        for row in np.flatnonzero(alive):
+            digest = bytes.fromhex(digests[row][:32])  # 128 of 256 bits: no accidental match, half the memory
+            if digest in self.seen:
+                alive[row] = False
+                self.dropped[SAME_BYTES] = self.dropped.get(SAME_BYTES, 0) + 1
+            self.seen.add(digest)
+        self.total += int(success.sum())
+        return alive
 
 
 def _kept_rows(table: pa.Table, scored: dict[str, np.ndarray], path: Path, alive: np.ndarray) -> pa.Table:

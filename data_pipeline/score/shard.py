@@ -1,4 +1,4 @@
-"""One shard to be scored, and its scoring: what a local loop and Ray's actors do alike."""
+"""One shard to be scored, and its scoring: a task of data_pipeline/engine."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
+    from raphael.base.config.data import ScoreConfig
+
 LIST, COMPUTED = "list", "computed"
 
 
@@ -24,6 +26,19 @@ class Task:
     done: Path
     given: dict[str, np.ndarray]  # the list's, float64 (n,), NaN where null
     needs: dict[str, np.ndarray]  # bool (n,)
+    count = 1  # of the bar, which counts shards
+
+
+class ShardScorer:
+    """A worker: models loaded once, then shard after shard."""
+
+    def __init__(self, settings: ScoreConfig, device: str):
+        from data_pipeline.score.scorer import Scorer
+
+        self.scorer, self.batch_size = Scorer(settings, device), settings.batch_size
+
+    def __call__(self, task: Task) -> Path:
+        return score_shard(self.scorer, self.batch_size, task)
 
 
 def score_shard(scorer: Any, batch_size: int, task: Task) -> Path:

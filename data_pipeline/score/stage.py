@@ -3,13 +3,12 @@
 One table a shard: for every score that is configured its value and where it comes from, "list" or "computed". With
 nothing configured the folder says so and `filter` reads the list's scores alone. A finished shard is kept in
 work/score/ by the hash of its table, of the list's scores and of the models, so that a killed run resumes and a changed
-shard is scored alone.
+shard is scored alone. Shards are the tasks that `pipeline` spreads (data_pipeline/engine).
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +18,10 @@ from data_pipeline.common.places import LINKS, SCORED, SCORES_FACTS, SHARDS
 from data_pipeline.common.schema import ID, STATUS, SUCCESS
 from data_pipeline.common.shard_rows import ListScores, shard_tables
 from data_pipeline.common.tables import open_parquet
-from data_pipeline.score.shard import COMPUTED, LIST, Task, score_shard
-from raphael.base import devices
+from data_pipeline.engine.run import device_of as engine_device
+from data_pipeline.engine.run import finish
+from data_pipeline.engine.work import Work
+from data_pipeline.score.shard import COMPUTED, LIST, ShardScorer, Task
 from raphael.base.integrity.pieces import Pieces
 from raphael.base.stage import Stage, StageError, file_sha256, write_json
 
@@ -33,20 +34,12 @@ if TYPE_CHECKING:
     from raphael.base.config.params import Config
 
 KEPT = "shards"
+Counts = dict[str, dict[str, int]]  # score -> where it is from -> rows
 
 
 def device_of(config: Config) -> torch.device | None:
-    """What the models compute on; None where no score is computed. Raises ConfigError.
-
-    Ray's workers may be on other machines: with RAY_ADDRESS a GPU that is asked for is asked of that cluster.
-    """
-    if not config.score.computed:
-        return None
-    if config.score.distributor == "ray" and os.environ.get("RAY_ADDRESS") and config.device == "cuda":
-        import torch
-
-        return torch.device(devices.GPU)
-    return devices.resolve(config.device)
+    """What the models compute on; None where no score is computed. Raises ConfigError."""
+    return engine_device(config, "score") if config.score.computed else None
 
 
 def run(config: Config, stage: Stage) -> None:
@@ -57,21 +50,26 @@ def run(config: Config, stage: Stage) -> None:
     fresh = work / "out"
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
-    counts: dict[str, dict[str, int]] = {}
+    counts: Counts = {}
     total = sum(int(_success(open_parquet(table).read(columns=[STATUS])).sum()) for table in tables)
+    engine: dict[str, str] = {}
     if settings.computed:
         (work / KEPT).mkdir(exist_ok=True)
-        tasks, pieces = list(_tasks(settings, tables, work / KEPT)), Pieces(work, stage.name)
-        waiting = [task for task in tasks if not pieces.has(task.done)]
-        with stage.progress(len(tasks), "shards", initial=len(tasks) - len(waiting)) as bar:
-            for finished in _score(settings, waiting, str(device_of(config))):
-                pieces.add(finished)
-                bar.update()
-        _publishable(tasks, fresh, counts)
+        device, scored = str(device_of(config)), {}  # shard's table -> its scores
+
+        def tasks() -> Iterator[Task]:
+            for task in _tasks(settings, tables, work / KEPT):
+                scored[task.table] = task.done
+                yield task
+
+        shards = Work(stage.name, stage.root, ShardScorer, (settings, device), device)
+        with stage.progress(len(tables), "shards") as bar:
+            engine = finish(config.pipeline, shards, tasks(), Pieces(work, stage.name), stage, bar)
+        _publishable(settings, scored, fresh, counts)
     facts = {"computed": list(settings.computed), "sources": counts}
     write_json(fresh / SCORES_FACTS, facts)
     stage.publish(fresh, SCORED)
-    stage.report(total, total, **facts)
+    stage.report(total, total, **engine, **facts)
 
 
 def _identity(settings: ScoreConfig) -> list[Any]:
@@ -109,34 +107,20 @@ def _success(table: pa.Table) -> np.ndarray:
     return pc.equal(table[STATUS], SUCCESS).to_numpy(zero_copy_only=False)
 
 
-def _score(settings: ScoreConfig, tasks: list[Task], device: str) -> Iterator[Path]:
-    """Score the shards, each finished file yielded as it comes."""
-    if not tasks:
-        return
-    if settings.distributor == "ray":
-        from data_pipeline.score.on_ray import score_on_ray
-
-        yield from score_on_ray(settings, tasks, device)
-        return
-    from data_pipeline.score.scorer import Scorer
-
-    scorer = Scorer(settings, device)
-    for task in tasks:
-        yield score_shard(scorer, settings.batch_size, task)
-
-
-def _publishable(tasks: list[Task], fresh: Path, counts: dict[str, dict[str, int]]) -> None:
+def _publishable(
+    settings: ScoreConfig, scored: dict[Path, Path], fresh: Path, counts: dict[str, dict[str, int]]
+) -> None:
     """Copy each shard's scores under the shard's name, and count the sources; forget shards that are no more."""
     import pyarrow.compute as pc
 
-    for task in tasks:
-        shutil.copyfile(task.done, fresh / task.table.name)
-        table = open_parquet(task.done).read()
-        for name in task.given:
+    for table, done in scored.items():
+        shutil.copyfile(done, fresh / table.name)
+        rows = open_parquet(done).read()
+        for name in settings.computed:
             entry = counts.setdefault(name, {LIST: 0, COMPUTED: 0, "none": 0})
-            for pair in pc.value_counts(table[f"{name}_source"]).to_pylist():
+            for pair in pc.value_counts(rows[f"{name}_source"]).to_pylist():
                 entry[pair["values"] or "none"] += pair["counts"]
-    wanted = {task.done for task in tasks}
-    for path in tasks[0].done.parent.iterdir():
+    wanted = set(scored.values())
+    for path in next(iter(wanted)).parent.iterdir():
         if path not in wanted:
             path.unlink()

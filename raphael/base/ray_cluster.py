@@ -1,6 +1,6 @@
 """The life of a Ray of ours: its environment, start, end, and what its exceptions mean.
 
-Training (raphael/train/distributed/ray_trainer.py) and scoring (data_pipeline/score/on_ray.py) use it alike.
+Training (raphael/train/distributed/ray_trainer.py) and the data stages (data_pipeline/engine/on_ray.py) use it alike.
 
 Safety: Ray's own ports can run any code, and its folder of sessions is everyone's by default; ours is this user's
 alone and goes with its Ray. They ask for a token that is fresh in every process, and are bound to loopback
@@ -78,8 +78,11 @@ def start(num_workers: int, without: str) -> None:
     """
     import ray
 
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level="WARNING")
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(log_to_driver=False, logging_level="WARNING")
+        except Exception as error:  # of several kinds, by how far it came
+            raise StageError(f"no Ray cluster answers at {address} ({reason(error)}); start it, or {without}") from None
         return
     home = private_folder(FOLDER, Path(os.environ.get("RAY_TMPDIR", "/tmp")))
     _folders.append(home)

@@ -91,6 +91,31 @@ def test_the_meta_of_a_checkpoint_from_before_the_defaults_still_loads():
     )
 
 
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("score", {"distributor": "ray"}, "score.distributor: got 'ray', expected pipeline.engine instead"),
+        ("score", {"workers": 2}, "score.workers: got 2, expected pipeline.workers instead"),
+        ("pipeline", {"engine": "spark"}, "pipeline.engine: got 'spark', expected one of local, ray"),
+        ("pipeline", {"workers": 0}, "pipeline.workers: got 0, expected an integer at least 1"),
+        ("pipeline", {"resources": {"train": {}}}, "pipeline: resources: got train, expected some of score, filter"),
+        ("pipeline", {"resources": {"score": {"gpus": "all"}}}, "pipeline.resources.score.gpus: got 'all', expected"),
+    ],
+)
+def test_where_stages_run_is_said_in_one_place_and_checked(tmp_path, section, values, message):
+    data = yaml.safe_load(PARAMS.read_text())
+    data[section].update(values)
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(data))
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(tmp_path / "params.yaml")
+
+
+def test_where_stages_run_changes_no_name_of_what_they_made():
+    config = load_config(PARAMS)
+    assert "pipeline" not in to_dict(config)
+    assert config.pipeline.of("encode").gpus == "auto" and config.pipeline.workers == 1
+
+
 def test_edge_weights_are_one_for_each_transformer_block_of_the_preset(tmp_path):
     data = yaml.safe_load(PARAMS.read_text())
     data["train"]["settings"]["edge_block_weights"] = [1.0, 0.5]

@@ -142,11 +142,14 @@ def test_the_gpus_of_a_cluster_are_not_looked_for_here(no_gpu, config, monkeypat
     train = replace(config.train, use_gpu=True, num_workers=8)
     assert train_stage.device_of(replace(config, device="cuda", train=train)).type == "cuda"
     assert devices.describe(torch.device("cuda")) == "cuda"
-    scored = replace(config, device="cuda", score=replace(config.score, watermark="marks", distributor="ray"))
+    ray = replace(config.pipeline, engine="ray")
+    scored = replace(config, device="cuda", score=replace(config.score, watermark="marks"), pipeline=ray)
     with pytest.raises(ConfigError, match="sees no GPU here"):
         score.device_of(scored)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert score.device_of(scored).type == "cuda"
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert score.device_of(replace(scored, pipeline=replace(ray, address="10.0.0.1:6379"))).type == "cuda"
 
 
 def test_the_device_is_no_part_of_what_a_training_is_known_by(config):

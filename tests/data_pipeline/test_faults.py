@@ -184,27 +184,25 @@ def test_an_image_server_that_is_dead_stops_the_download_and_the_next_run_fetche
 
 
 @pytest.mark.slow
-def test_a_ray_worker_that_vanishes_changes_no_score(project, undisturbed, tmp_path, tally):
-    """One of two actors is killed while it scores. Ray starts another, or the stage fails with a line and the same
-    command ends it."""
+@pytest.mark.parametrize("engine", ["local", "ray"])
+@pytest.mark.parametrize("stage", ["score", "encode"])
+def test_a_worker_that_vanishes_changes_nothing(project, undisturbed, tmp_path, tally, stage, engine):
+    """One of two workers is killed at its work; another does what it had in hand."""
     root, _ = undisturbed
-    target = copy_without(root, "score", tmp_path / "ws")
-    change(target, "score", distributor="ray", workers=2)
-    with subprocess.Popen(**command(project, "score", target), stderr=subprocess.PIPE, text=True) as running:
-        victim = actor_of(running, patience_s=150)
+    target = copy_without(root, stage, tmp_path / "ws")
+    change(target, "pipeline", engine=engine, workers=2)
+    with subprocess.Popen(**command(project, stage, target), stderr=subprocess.PIPE, text=True) as running:
+        victim = worker_of(running, engine, patience_s=150)
         victim.kill()
         _, errors = running.communicate(timeout=300)
-    assert running.returncode in (0, 1), errors
-    if running.returncode:
-        one_clear_line("score", errors)
-        finish(project, "score", target)
-    assert content(target, "score") == content(root, "score")
+    assert running.returncode == 0, errors
+    assert content(target, stage) == content(root, stage)
     assert not leftovers(target, root)
-    tally.add("score", "a Ray worker that vanishes")
+    tally.add(stage, f"a worker of the engine {engine} that vanishes")
 
 
-def actor_of(running: subprocess.Popen, patience_s: float) -> psutil.Process:
-    """A process of Ray's that holds our scorer, as soon as there is one."""
+def worker_of(running: subprocess.Popen, engine: str, patience_s: float) -> psutil.Process:
+    """A process that holds a worker of ours, as soon as there is one."""
     until_s = time.monotonic() + patience_s
     while time.monotonic() < until_s and running.poll() is None:
         for process in psutil.Process(running.pid).children(recursive=True):
@@ -212,7 +210,7 @@ def actor_of(running: subprocess.Popen, patience_s: float) -> psutil.Process:
                 title = " ".join(process.cmdline())
             except psutil.Error:
                 continue
-            if title.startswith("ray::") and "ShardScorer" in title:
+            if ("ray::TaskWorker" if engine == "ray" else "spawn_main") in title:
                 return process
         time.sleep(0.02)
     raise AssertionError(f"no actor was seen (status {running.poll()})")

@@ -35,7 +35,7 @@ def test_fifty_runs_leave_disk_memory_shared_memory_and_handles_as_ten_did(proje
     write_settings(project, tmp_path, 40)
     seen = []
     for turn in range(TURNS):
-        change(tmp_path, "score", distributor="ray" if turn % 5 == 4 else "local", workers=1)
+        change(tmp_path, "pipeline", engine="ray" if turn % 5 == 4 else "local")
         for stage in STAGES:
             shutil.rmtree(tmp_path / STAGES[stage].output, ignore_errors=True)
             run_here(stage, tmp_path)

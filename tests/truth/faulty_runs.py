@@ -127,6 +127,9 @@ def content(root: Path, stage: str) -> dict[str, str]:
         if path.suffix == ".tar":
             with tarfile.open(path) as tar:
                 body = b"".join(member.name.encode() + tar.extractfile(member).read() for member in tar)
+        elif path.parent.name == "reports":  # but for who did the work
+            report = json.loads(path.read_text())
+            body = json.dumps({name: value for name, value in report.items() if name != "engine"}).encode()
         elif path.is_file():
             body = path.read_bytes()
         else:

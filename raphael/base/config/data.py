@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 from raphael.base.config.preset import Count, Positive, Share
@@ -128,6 +128,38 @@ class DownloadConfig:
                 ) from None
 
 
+STAGES_ON_ENGINE = ("score", "filter", "encode")  # those whose work is tasks (data_pipeline/engine)
+
+
+@dataclass(frozen=True)
+class WorkerResources:
+    """What Ray sets aside for one worker."""
+
+    cpus: Annotated[float, Range(0)] = 1.0
+    gpus: Literal["auto"] | Annotated[float, Range(0)] = "auto"  # auto: one where `device` is a GPU
+    memory_gb: Annotated[float, Range(0)] = 0.0  # 0: not asked for
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """Where the tasks of the data stages run (data_pipeline/engine). Nothing here changes a byte of what comes out."""
+
+    engine: Literal["local", "ray"] = "local"
+    address: str = ""  # of a Ray cluster; "": RAY_ADDRESS, and without it a Ray of this machine alone
+    workers: Count = 1  # processes, or actors of ray; 1 with local: the stage's own process
+    resources: dict[str, WorkerResources] = field(default_factory=dict)  # of a worker of ray, by stage
+
+    def of(self, stage: str) -> WorkerResources:
+        return self.resources.get(stage, WorkerResources())
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.resources) - set(STAGES_ON_ENGINE):
+            raise ValueError(
+                f"resources: got {sorted(unknown)[0]}, expected some of {', '.join(STAGES_ON_ENGINE)}, whose work is "
+                "dealt out"
+            )
+
+
 @dataclass(frozen=True)
 class ScoreConfig:
     """Which scores are computed from the downloaded images, where the list lacks them."""
@@ -139,8 +171,6 @@ class ScoreConfig:
     clip: str  # open_clip:<arch>:<weights>, clip:<folder or hub id>, or a folder; "" where nothing needs it
     replace: bool  # true: instead of the list's scores, not only where it has none
     batch_size: Count
-    distributor: Literal["local", "ray"]  # ray: Ray Data, one set of models in each worker, on GPUs if there are any
-    workers: Count  # of ray
 
     @property
     def computed(self) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from raphael.base.config.data import (
     FilterConfig,
     NonNegative,
     PictureConfig,
+    PipelineConfig,
     ScoreConfig,
     SelectConfig,
     SourceConfig,
@@ -343,6 +344,7 @@ class Config:
     evaluate: EvaluateConfig
     tracking: TrackingConfig
     device: DeviceName = "auto"  # of every stage that computes with torch (raphael/base/devices.py)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig, metadata=LATER)
     file: str = field(default="params.yaml", compare=False)
 
     def training(self) -> Any:
@@ -350,11 +352,25 @@ class Config:
         return load(find_system(self.model.system).training, self.train.settings, self.file, "train.settings")
 
 
+MOVED = {("score", "distributor"): "pipeline.engine", ("score", "workers"): "pipeline.workers"}
+
+
+def _refuse_moved(data: dict[str, Any], file: str | Path) -> None:
+    """Raises ConfigError for settings that stand elsewhere since an earlier version: where."""
+    for (section, key), now in MOVED.items():
+        if isinstance(data.get(section), dict) and key in data[section]:
+            raise ConfigError(
+                f"{file}: {section}.{key}: got {data[section][key]!r}, expected {now} instead, of every stage "
+                "whose work is dealt out"
+            )
+
+
 def load_config(path: str | Path = "params.yaml") -> Config:
     """Read and check params.yaml and the preset that it names. Raises ConfigError."""
     data = read_yaml(path)
     if "file" in data:
         raise ConfigError(f"{path}: unknown key file")
+    _refuse_moved(data, path)
     refuse_misplaced(data, str(path), {item.name for item in fields(TrainConfig)})
     config = replace(load(Config, data, str(path)), file=str(path))
     try:

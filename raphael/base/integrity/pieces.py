@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from raphael.base.files import file_xxh3, fsync, written_whole
@@ -27,12 +28,15 @@ class Pieces:
         self.whole: set[str] = set()
         self._read()
 
-    def add(self, *paths: Path) -> None:
-        """List finished files, which are on disk already. Later lines count before earlier ones of the same name."""
-        fresh = not self.file.exists()
+    def add(self, *paths: Path, known: Mapping[Path, tuple[int, str]] | None = None) -> None:
+        """List finished files, which are on disk already. Later lines count before earlier ones of the same name.
+
+        known: size and xxh3 of those that were hashed where they were written.
+        """
+        fresh, known = not self.file.exists(), known or {}
         lines = b""
         for path in paths:
-            name, entry = self._name(path), (path.stat().st_size, file_xxh3(path))
+            name, entry = self._name(path), known.get(path) or (path.stat().st_size, file_xxh3(path))
             self.known[name] = entry
             self.whole.add(name)
             lines += json.dumps([name, *entry]).encode() + b"\n"

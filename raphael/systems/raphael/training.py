@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from raphael.train.heldout import Heldout
     from raphael.train.loop import World
     from raphael.train.probing import Probed
+
+SMALLEST_SHARE = (
+    16  # of a preset's least size: an area of so many times less, two halvings of the side, is another task
+)
 
 
 def training(job: TrainingJob) -> Training:
@@ -151,6 +156,7 @@ def check_fit(config: Config, records: Records, context_dim: int) -> None:
         raise StageError(
             f"{records.folder}: got images of {records.facts.get('picture')}, expected {picture}; run encode again"
         )
+    _check_sizes(config, records)
     for what, got, key, expected in (
         ("latents have channels", latent_shape(records.fields)[0], "latent_channels", unet.latent_channels),
         ("text vectors have width", context_dim, "context_dim", unet.context_dim),
@@ -161,6 +167,22 @@ def check_fit(config: Config, records: Records, context_dim: int) -> None:
                 f"{where}: unet.{key}: got {expected}, but the {what} {got}; set it in the preset to {got}"
                 + (f", or model.settings: {{unet: {{{key}: {got}}}}}" if key == "latent_channels" else "")
             )
+
+
+def _check_sizes(config: Config, records: Records) -> None:
+    """Raises StageError where all records are far smaller than what the preset is meant for: a demo's images by a large
+    network's settings. One size or two below, as a training begins, is no reason."""
+    meant = config.model.load().sizes_px
+    sizes = zip(config.picture.sizes_px, records.bucket_counts, strict=False)
+    held = [size for size, count in sizes if count]
+    largest, least = max(map(math.prod, held), default=0), min(map(math.prod, meant))
+    if held and largest * SMALLEST_SHARE < least:
+        said = ", ".join("x".join(map(str, size)) for size in held)
+        raise StageError(
+            f"{records.folder}: got images of {said}, expected some of about the sizes that the preset "
+            f"{config.model.preset} is meant for, {'x'.join(map(str, meant[0]))} and its like; set picture.sizes_px in "
+            f"{config.file} and run filter and encode, on images that large, or choose a smaller preset"
+        )
 
 
 def probed(job: TrainingJob, objective: DenoisingObjective, heldout: Heldout, world: World) -> Heldout | Probed:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 
@@ -10,6 +11,7 @@ from data_pipeline.autoencoder import stage as fit_autoencoder
 from data_pipeline.clip import stage as fit_clip
 from data_pipeline.common.images import fit
 from data_pipeline.encode import stage as encode
+from raphael.base.config.data import PipelineConfig
 from raphael.base.config.params import load_config
 from raphael.base.records import EDGES, MOMENTS, TOKEN_IDS, Records
 from raphael.base.stage import Stage, StageError, main
@@ -227,6 +229,25 @@ def test_with_buckets_too_a_run_in_other_chunks_ends_in_the_same_records(mixed, 
         for name in (TOKEN_IDS, EDGES):
             np.testing.assert_array_equal(one[name], other[name])
         np.testing.assert_allclose(one[MOMENTS], other[MOMENTS], atol=1e-3, rtol=2e-3)  # batches of another size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_several_workers_end_in_the_same_records_and_the_same_report(mixed, monkeypatch, engine):
+    import shutil
+
+    monkeypatch.setattr(encode, "CHUNK_BATCHES", 1)
+    run(encode, "encode", mixed, monkeypatch)
+    alone, told = digest(mixed), report(mixed, "encode")
+    shutil.rmtree(mixed / "data/records")
+    config = load_config(mixed / "params.yaml")
+    config = dataclasses.replace(config, pipeline=PipelineConfig(engine=engine, workers=2))
+    stage = Stage("encode", mixed)
+    encode.run(config, stage)
+    assert digest(mixed) == alone
+    assert report(mixed, "encode") == {**told, "engine": engine} and told["engine"] == "local"
+    ran = stage.timings["engine"]
+    assert ran["partitions"] == COUNT / 2 and 1 <= ran["workers"] <= 2 and ran["starting_s"] > 0
 
 
 def test_sizes_that_the_autoencoder_and_the_network_cannot_halve_are_refused(mixed, project, monkeypatch):

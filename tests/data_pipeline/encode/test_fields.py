@@ -260,6 +260,6 @@ def test_moments_beyond_float16_are_one_line_and_no_infinities_in_the_records(la
             return torch.full((len(images), 8, 2, 2), largest)
 
     tools = fields.Tools(None, None, torch.device("cpu"), Loud(), None, None)
-    pictures = fields.Pictures(np.zeros((2, 16, 16, 3), np.uint8), ["a", "b"], np.arange(2))
+    pictures = fields.Pictures(np.zeros((2, 16, 16, 3), np.uint8), ["a", "b"])
     with pytest.raises(StageError, match="the autoencoder's moments do not fit float16 .*; train it again"):
         fields._moments(tools, pictures)

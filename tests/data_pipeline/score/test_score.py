@@ -24,10 +24,12 @@ from data_pipeline.common.places import SCORED, SHARDS
 from data_pipeline.common.rules import score_rules
 from data_pipeline.download.shards import table_schema
 from data_pipeline.filter import stage as filter_stage
+from data_pipeline.score import shard as shard_module
 from data_pipeline.score import stage as score
 from data_pipeline.score.scorer import Scorer
 from data_pipeline.score.watermark_net import WatermarkModel, WatermarkNet
 from data_pipeline.select.stage import LINKS, link_schema
+from raphael.base.config.data import PipelineConfig
 from raphael.base.config.params import load_config
 from raphael.base.stage import Stage, StageError
 from raphael.encoders.clip import build_clip, save_clip
@@ -94,8 +96,9 @@ def workspace(tmp_path, monkeypatch, project):
     config = load_config(project / "params.yaml")
     config = dataclasses.replace(config, picture=dataclasses.replace(config.picture, too_small="upscale"))
 
-    def run(**changes):
+    def run(pipeline=None, **changes):
         changed = dataclasses.replace(config, score=dataclasses.replace(config.score, **changes))
+        changed = dataclasses.replace(changed, pipeline=PipelineConfig(**(pipeline or {})))
         score.run(changed, Stage("score", tmp_path))
         return changed, json.loads((tmp_path / "reports/score.json").read_text())
 
@@ -170,8 +173,8 @@ def test_a_finished_shard_is_not_scored_again_and_a_changed_one_is(workspace, mo
     _, every = models
     workspace(**every)
     seen = []
-    score_shard = score.score_shard
-    monkeypatch.setattr(score, "score_shard", lambda *a: seen.append(a[2].table.stem) or score_shard(*a))
+    score_shard = shard_module.score_shard
+    monkeypatch.setattr(shard_module, "score_shard", lambda *a: seen.append(a[2].table.stem) or score_shard(*a))
     workspace(**every)
     assert seen == []
     table = pq.read_table(SHARDS / "00001.parquet")
@@ -205,10 +208,12 @@ def test_wrong_models_are_one_clear_line(workspace, models, tmp_path):
 
 
 @pytest.mark.slow
-def test_ray_gives_the_same_rows_as_one_process(workspace, models):
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_several_workers_give_the_files_of_one_process(workspace, models, engine):
     _, every = models
-    workspace(**every)
-    alone = scored()
+    _, report = workspace(**every)
+    alone = {path.name: path.read_bytes() for path in SCORED.iterdir()}
     shutil.rmtree("work")
-    workspace(**every, distributor="ray", workers=2)
-    assert scored() == alone
+    _, spread = workspace({"engine": engine, "workers": 2}, **every)
+    assert {path.name: path.read_bytes() for path in SCORED.iterdir()} == alone
+    assert spread == {**report, "engine": engine} and report["engine"] == "local"

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +213,25 @@ def test_parts_that_do_not_fit_are_named(template):
     records.facts = {"picture": {"sizes_px": [[8, 8]]}}
     with pytest.raises(StageError, match="got images of .* run encode again"):
         check_fit(config, records, config.model.load().unet.context_dim)
+
+
+def test_a_preset_is_refused_when_no_record_is_nearly_as_large_as_what_it_is_meant_for(template, monkeypatch):
+    from raphael.base.records import Records
+
+    config, records = load_config(template / "params.yaml"), Records(template / "data/records")
+    preset = config.model.load()
+    (side, _), *_ = config.picture.sizes_px
+
+    def check(sizes):
+        monkeypatch.setattr(type(config.model), "load", lambda self: replace(preset, sizes_px=sizes))
+        check_fit(config, records, preset.unet.context_dim)
+
+    check(((4 * side, 4 * side),))
+    check(((32 * side, 32 * side), (side, side)))
+    with pytest.raises(
+        StageError, match=rf"got images of {side}x\d+.*, expected some .* meant for, {8 * side}x{8 * side}"
+    ):
+        check(((8 * side, 8 * side), (32 * side, 8 * side)))
 
 
 def test_grids_take_prompts_of_every_suite_in_turn(template):
