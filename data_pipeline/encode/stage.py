@@ -35,7 +35,7 @@ from raphael.base.files import written_whole
 from raphael.base.integrity.pieces import Pieces
 from raphael.base.manifest import read_manifest
 from raphael.base.records import CAPTIONS as CAPTIONS_FILE
-from raphael.base.records import FORM, Fields, RecordWriter
+from raphael.base.records import FORM, TEXT, Fields, RecordWriter
 from raphael.base.stage import Stage, StageError, device_of, file_sha256
 from raphael.base.strict import to_dict
 
@@ -78,12 +78,15 @@ def _load(config: Config, needed: set[str], rows: CaptionRows) -> Tools:
     from raphael.encoders.text import load_text_encoder
 
     device = device_of(config)
+    text = load_text_encoder(MODELS[TEXT_ENCODER]) if TEXT_ENCODER in needed else None
+    if TEXT in named(config):  # token ids alone need no device
+        text = text.to(device)
     return Tools(
         config,
         config.model.load(),
         device,
         load_autoencoder(MODELS[AUTOENCODER]).to(device) if AUTOENCODER in needed else None,
-        load_text_encoder(MODELS[TEXT_ENCODER]) if TEXT_ENCODER in needed else None,  # token ids need no device
+        text,
         read_labels(config.encode, rows) if LABELS in needed else None,
     )
 

@@ -15,15 +15,17 @@ from raphael.net.memory import BlockText
 class PlainBlock(Block):
     """x + out(h), with h = norm x; h += self-attention; h += cross-attention; h += feed-forward, each behind a
     LayerNorm per pixel. `out` begins at zero. Cross-attention is there where the network reads text (context_dim),
-    the feed-forward where `expansion` is above 0: with neither it is DDPM's block but for the inner residual.
+    self-attention unless `self_attention` is false, the feed-forward where `expansion` is above 0: with self-attention
+    alone it is DDPM's block but for the inner residual.
     """
 
     def __init__(self, config: PlainUNetConfig, place: BlockPlace):
         super().__init__(place)
         dim, head_dim = place.dim, config.head_width(place.dim)
         self.norm_in = nn.GroupNorm(config.norm_groups, dim)
-        self.norm_self, self.self_attention = nn.LayerNorm(dim), SelfAttention(dim, head_dim)
-        self.cross_attention = self.feed_forward = None
+        self.self_attention = self.cross_attention = self.feed_forward = None
+        if config.self_attention:
+            self.norm_self, self.self_attention = nn.LayerNorm(dim), SelfAttention(dim, head_dim)
         if config.context_dim:
             self.norm_cross = nn.LayerNorm(dim)
             self.cross_attention = CrossAttention(dim, config.context_dim, head_dim)
@@ -41,8 +43,9 @@ class PlainBlock(Block):
     ) -> tuple[Tensor, BlockOutput]:  # (B, D, h, w)
         _, _, height, width = x.shape
         h = self.norm_in(x).flatten(2).mT.contiguous()  # (B, P, D); a copy only where x is not channels_last
-        site = AttentionSite("self", self.index, height, width)
-        h = h + self.self_attention(self.norm_self(h), site, given.hooks)
+        if self.self_attention is not None:
+            site = AttentionSite("self", self.index, height, width)
+            h = h + self.self_attention(self.norm_self(h), site, given.hooks)
         attention = None
         if self.cross_attention is not None:
             text = given.texts[self.index] if given.texts is not None else None
