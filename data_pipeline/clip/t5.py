@@ -94,5 +94,7 @@ def _checked(folder: Path) -> Any:
 
     encoder = load_text_encoder(folder)
     if not bool(encoder.encode(encoder.tokenize(["a red circle", ""])).context.isfinite().all()):
-        raise StageError("clip.t5: the trained encoder gives numbers that are not finite; lower clip.loop.learning_rate")
+        raise StageError(
+            "clip.t5: the trained encoder gives numbers that are not finite; lower clip.loop.learning_rate"
+        )
     return encoder

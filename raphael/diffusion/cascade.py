@@ -49,7 +49,7 @@ def with_picture(condition: Condition, low: Tensor, level: Tensor, factor: int, 
 
 @dataclass(frozen=True)
 class Upsampler:
-    """The second network and its own noise, prediction and factor, the side of its images / that of those it is told."""
+    """The second network with its own noise and prediction. factor: the side of its images / of those it is told."""
 
     unet: nn.Module
     schedule: Noise

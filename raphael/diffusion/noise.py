@@ -106,8 +106,8 @@ class RectifiedFlow(_Continuous):
 
 
 class CosineNoise(_Continuous):
-    """alpha_bar(time) = cos^2((time + s) / (1 + s) pi / 2), time = t / (T-1) uniform in training: the cosine schedule of
-    arXiv 2102.09672, eq. 17, in continuous time, as Imagen has it (arXiv 2205.11487, 2.1; appendix F).
+    """alpha_bar(time) = cos^2((time + s) / (1 + s) pi / 2), time = t / (T-1) uniform in training: the cosine schedule
+    of arXiv 2102.09672, eq. 17, in continuous time, as Imagen has it (arXiv 2205.11487, 2.1; appendix F).
 
     log SNR = -2 log tan((time + s) / (1 + s) pi / 2). At time 1 it is pure noise, so sigma is infinite. offset: s; with
     0, time 0 is the image itself: of noise conditioning augmentation (raphael/diffusion/cascade.py).

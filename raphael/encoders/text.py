@@ -226,8 +226,8 @@ def _load_transformers(kind: str, where: str, context_length: int | None) -> Tex
     # Without trust_remote_code=False a folder with `auto_map` asks whether to run its code
     safely: dict[str, Any] = {"local_files_only": local_only, "revision": revision, "trust_remote_code": False}
     with one_line(f"the text encoder {kind}", where, "config.json, model.safetensors and the tokenizer's files"):
-        found = AutoConfig.from_pretrained(target, **safely).model_type
-        if kind == "t5" and found != "t5":  # transformers would take another's weights for none, and draw its own
+        if kind == "t5" and (found := AutoConfig.from_pretrained(target, **safely).model_type) != "t5":
+            # transformers would find none of its weights there, and draw its own
             raise PretrainedError(f"the text encoder t5: got {where}, a model of type {found}, expected a T5")
         tokenizer = AutoTokenizer.from_pretrained(target, **safely)
         model = (T5EncoderModel if kind == "t5" else CLIPTextModel).from_pretrained(

@@ -67,9 +67,7 @@ class PlainDenoising(nn.Module):
         predicted = self.unet(given, t, self._condition(batch, None, x0, rng)).prediction.float()
         return (predicted - target).square().flatten(1).mean(1)
 
-    def _condition(
-        self, batch: Mapping[str, Tensor], dropped: Tensor | None, x0: Tensor, rng: SampleRng
-    ) -> Condition:
+    def _condition(self, batch: Mapping[str, Tensor], dropped: Tensor | None, x0: Tensor, rng: SampleRng) -> Condition:
         return self.told(batch, dropped)
 
     def _x0(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -96,9 +94,7 @@ class Enlarging(PlainDenoising):
         super().__init__(unet, noise, prediction, told, drop, shift)
         self.factor = factor
 
-    def _condition(
-        self, batch: Mapping[str, Tensor], dropped: Tensor | None, x0: Tensor, rng: SampleRng
-    ) -> Condition:
+    def _condition(self, batch: Mapping[str, Tensor], dropped: Tensor | None, x0: Tensor, rng: SampleRng) -> Condition:
         low = shrunk(x0, self.factor)
         eps = rng.normal("augmentation noise", tuple(low.shape[1:])).to(low.device)
         level = rng.uniform("augmentation level").to(low.device)

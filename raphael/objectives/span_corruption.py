@@ -64,16 +64,19 @@ class SpanCorruption(nn.Module):
 def span_lengths(
     count: int, share: float, mean_span: float, most: int, replaced: np.ndarray, kept: np.ndarray
 ) -> list[tuple[int, int]]:
-    """(kept, replaced) tokens in turn, that make up a text of `count`; () for one of fewer than two tokens.
+    """(kept, replaced) tokens in turn of a text of `count`; none for one of fewer than two tokens.
 
-    round(count share) tokens, one at least, in round(that / mean_span) spans, one at least, `most` at most; where they
-    begin and end is drawn, all ways alike. replaced, kept: uniform numbers, count of them or more.
+    round(count share) tokens, one at least, in round(that / mean_span) spans, one at least, `most` at most, with a kept
+    token between two of them; what follows the last span is kept. Where they begin and end is drawn, all ways alike:
+    T5's own draw always replaces the last token, which in a caption of ten would be most of what it learns.
+    replaced, kept: uniform numbers, count + 1 of them or more.
     """
     if count < 2:
         return []
     gone = min(max(round(count * share), 1), count - 1)
-    spans = min(max(round(gone / mean_span), 1), count - gone, most)
-    return list(zip(segments(count - gone, spans, kept), segments(gone, spans, replaced), strict=True))
+    spans = min(max(round(gone / mean_span), 1), count - gone + 1, most)
+    first, *between = segments(count - gone + 2, spans + 1, kept)[:-1]  # the two at the ends may be none: one less
+    return list(zip((first - 1, *between), segments(gone, spans, replaced), strict=True))
 
 
 def segments(count: int, parts: int, numbers: np.ndarray) -> list[int]:
@@ -91,4 +94,4 @@ def corrupted(text: np.ndarray, lengths: list[tuple[int, int]], sentinels: list[
         left += [*text[at : at + kept], sentinel]
         spans += [sentinel, *text[at + kept : at + kept + replaced]]
         at += kept + replaced
-    return left, spans
+    return [*left, *text[at:]], spans

@@ -67,7 +67,7 @@ class CascadePipeline(Pipeline):
     def enlarge(
         self, low: torch.Tensor, texts: list[str], seeds: list[ImageSeed], sampling: Sampling | None = None
     ) -> torch.Tensor:
-        """The second network alone: images (n, 3, h, w) in [-1, 1] with their captions -> (n, 3, factor h, factor w)."""
+        """The second network alone: images (n, 3, h, w) in [-1, 1], their captions -> (n, 3, factor h, factor w)."""
         parts, how, low = self.parts(), sampling or self.defaults, low.to(self.device)
         noise = ImageNoise(seeds, tuple(low.shape[1:]), self.device)
         cond, null = encode_texts(parts, texts), encode_texts(parts, [""])

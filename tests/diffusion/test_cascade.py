@@ -1,4 +1,4 @@
-"""Cascades: the continuous cosine schedule, noise conditioning augmentation, and what an upsampler is told and returns."""
+"""Cascades: the continuous cosine schedule, noise conditioning augmentation, what an upsampler is told and returns."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def test_the_log_snr_of_the_schedule_is_imagen_pytorchs() -> None:
     torch.testing.assert_close(noise.log_snr(time * 999), theirs(time), rtol=1e-9, atol=1e-9)
     # its figures at time 0, 1/4, 1/2, 3/4, computed once from the formula in twelve digits
     figures = [noise.log_snr(torch.tensor([at * 999.0])).item() for at in (0.0, 0.25, 0.5, 0.75)]
-    assert figures == pytest.approx([-2 * math.log(math.tan((t + 0.008) / 1.008 * math.pi / 2)) for t in (0, 0.25, 0.5, 0.75)])
+    assert figures == pytest.approx(
+        [-2 * math.log(math.tan((t + 0.008) / 1.008 * math.pi / 2)) for t in (0, 0.25, 0.5, 0.75)]
+    )
     assert figures[0] == pytest.approx(8.769, abs=1e-3) and abs(figures[2]) < 0.05
     assert noise.log_snr(torch.tensor([999.0])) == -math.inf
 
@@ -57,10 +59,14 @@ def test_timestep_inverts_sigma_and_training_times_are_uniform() -> None:
     torch.testing.assert_close(noise.timesteps(torch.tensor([0.0, 0.25, 0.5])), torch.tensor([0.0, 249.75, 499.5]))
     sigmas = noise.sampling_sigmas(4)
     assert math.isinf(sigmas[0]) and sigmas[-1] == 0 and (sigmas[1:].diff() < 0).all() and len(sigmas) == 5
-    torch.testing.assert_close(noise.timestep(sigmas[:-1]), torch.tensor([999.0, 749.25, 499.5, 249.75]), rtol=1e-6, atol=1e-3)
+    torch.testing.assert_close(
+        noise.timestep(sigmas[:-1]), torch.tensor([999.0, 749.25, 499.5, 249.75]), rtol=1e-6, atol=1e-3
+    )
     with pytest.raises(ValueError, match="steps: got 0"):
         noise.sampling_sigmas(0)
-    with pytest.raises(ConfigError, match="zero_terminal_snr: got false with schedule continuous_cosine, expected true"):
+    with pytest.raises(
+        ConfigError, match="zero_terminal_snr: got false with schedule continuous_cosine, expected true"
+    ):
         load(DiffusionConfig, {**dataclasses.asdict(COSINE), "zero_terminal_snr": False}, "a file")
 
 
@@ -129,7 +135,9 @@ def test_it_is_told_the_augmented_picture_and_its_level_in_both_branches_of_guid
     low = images(2, 4).float().clamp(-1, 1)
     network = Knowing(lambda x, t, condition: torch.zeros_like(x))
     upsampler = Upsampler(network, noise_of(COSINE), Velocity(), 2)
-    settings = Sampling("ddim", steps=9, guidance_scale=7.0, upsampler_steps=2, upsampler_guidance=3.0, augmentation=0.25)
+    settings = Sampling(
+        "ddim", steps=9, guidance_scale=7.0, upsampler_steps=2, upsampler_guidance=3.0, augmentation=0.25
+    )
     asked = order(low, settings, hooks=AttentionHooks(edit=lambda call, map: map))
     assert upsampler(low, asked).shape == (2, 3, 8, 8)
     assert len(network.told) == 2, "its own number of steps"

@@ -18,7 +18,10 @@ SHAPE = {"context_dim": WIDTH, "context_length": LENGTH, "head_dim": 8, "norm_gr
 SMALL = {
     "base": {"unet": {**SHAPE, "channels": [8, 16], "attention_levels": [1]}},
     "upsampler": {
-        "unet": {**SHAPE, "stem_channels": 8, "channels": [8, 16], "res_blocks": [1, 1], "strides": [2, 2], "attention_levels": [1]}
+        "unet": {
+            **SHAPE, "stem_channels": 8, "channels": [8, 16], "res_blocks": [1, 1], "strides": [2, 2],
+            "attention_levels": [1],
+        }
     },
 }  # fmt: skip
 LOOP = {
@@ -87,6 +90,9 @@ def write_cascade_workspace(folder: Path, changes: dict | None = None, text: boo
     name = f"{SIDE}x{SIDE}"
     with RecordWriter(folder / "data/records", {name: fields}, {"picture": to_dict(config.picture)}) as writer:
         writer.append([f"{row:09d}" for row in range(COUNT)], values, name)
-    entries = [{"prompt": f"a red {name}", "suite": "single", "truth": None, "reference": None} for name in ("circle", "star", "ring")]
+    entries = [
+        {"prompt": f"a red {name}", "suite": "single", "truth": None, "reference": None}
+        for name in ("circle", "star", "ring")
+    ]
     write_json(folder / "data/source/prompts.json", {"source": "scenes", "prompts": entries})
     return config

@@ -1,5 +1,5 @@
-"""A small T5 (Raffel et al., arXiv 1910.10683), transformers' T5ForConditionalGeneration; its encoder is what a denoiser
-reads, as transformers' T5EncoderModel in a folder that `t5:PATH` loads."""
+"""A small T5 (Raffel et al., arXiv 1910.10683), transformers' T5ForConditionalGeneration; its encoder is what a
+denoiser reads, as transformers' T5EncoderModel in a folder that `t5:PATH` loads."""
 
 from __future__ import annotations
 

@@ -1,13 +1,16 @@
-"""T5's tokenizer: unigram pieces (Kudo 2018, arXiv 1804.10959), learned from captions by the package tokenizers."""
+"""T5's tokenizer: unigram pieces (Kudo 2018, arXiv 1804.10959), learned from captions; cut by the
+package tokenizers."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from raphael.encoders.pretrained import PretrainedError, one_line
+from raphael.encoders.t5.unigram import learn_pieces
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 SENTINELS = tuple(f"<extra_id_{number}>" for number in range(16))  # T5's names; it has 100
@@ -15,39 +18,30 @@ FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def train_tokenizer(captions: Iterable[str], vocabulary: int, folder: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json, which transformers reads. vocabulary: pieces at most.
-
-    Pieces are put in an order of their own, by score and then by text, and scores rounded: the trainer's sums over
-    threads and hashes are not the same twice. Raises PretrainedError for a vocabulary that the letters do not fit into.
-    """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    """Write tokenizer.json and tokenizer_config.json, which transformers reads. vocabulary: tokens at most, those that
+    open, close and stand for spans included. Raises PretrainedError for one that the letters do not fit into."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     special = [PAD, END, UNKNOWN, *SENTINELS]
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.NFKC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=vocabulary, special_tokens=special, unk_token=UNKNOWN, show_progress=False
-    )
+    normalizer, cut = normalizers.NFKC(), pre_tokenizers.Metaspace()
+    words: Counter[str] = Counter()
+    for caption in captions:
+        words.update(word for word, _ in cut.pre_tokenize_str(normalizer.normalize_str(caption)))
     try:
-        tokenizer.train_from_iterator(captions, trainer)
-    except Exception as error:  # the package raises its own, of no common class
-        raise PretrainedError(f"clip.t5.vocabulary: got {vocabulary}, too few for these captions ({error})") from None
-    learned = json.loads(tokenizer.to_str())["model"]["vocab"]
-    pieces = sorted(((piece, round(score, 3)) for piece, score in learned if piece not in special), key=_order)
-    tokenizer.model = models.Unigram([*((name, 0.0) for name in special), *pieces], unk_id=special.index(UNKNOWN))
+        pieces = learn_pieces(words, vocabulary - len(special))
+    except ValueError as error:
+        raise PretrainedError(
+            f"clip.t5.vocabulary: got {vocabulary}, {len(special)} of them special: {error}"
+        ) from None
+    tokenizer = Tokenizer(models.Unigram([*((name, 0.0) for name in special), *pieces], special.index(UNKNOWN)))
+    tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = normalizer, cut, decoders.Metaspace()
+    tokenizer.add_special_tokens(special)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, 1)])
     folder.mkdir(parents=True, exist_ok=True)
     names = {"pad_token": PAD, "eos_token": END, "unk_token": UNKNOWN, "additional_special_tokens": list(SENTINELS)}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
     tokenizer.save(str(folder / FILES[0]))
     (folder / FILES[1]).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-
-
-def _order(piece: tuple[str, float]) -> tuple[float, str]:
-    text, score = piece
-    return -score, text
 
 
 def load_tokenizer(folder: Path) -> Any:

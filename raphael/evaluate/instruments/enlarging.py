@@ -1,4 +1,4 @@
-"""A cascade's upsampler alone: drawn scenes, shrunk by the mean over areas, enlarged again by it and by interpolation."""
+"""A cascade's upsampler alone: drawn scenes, shrunk by the mean over areas, enlarged by it and by interpolation."""
 
 from __future__ import annotations
 
@@ -28,9 +28,7 @@ def upsampler(subject: Subject) -> Found:
         made, plain = enlarged_both(subject.pipeline, true, [asked.captions[row] for row in rows], bar.update)
     entries, facts = [asked.entries()[row] for row in rows], {"n": count}
     for name, images in (("drawn", true), ("upsampler", made), ("bilinear", plain)):
-        right = [
-            not wrong_attributes(entry, read_scene(image)) for entry, image in zip(entries, images, strict=True)
-        ]
+        right = [not wrong_attributes(entry, read_scene(image)) for entry, image in zip(entries, images, strict=True)]
         facts |= share(f"{name}_read_right", right)
     gains = [psnr(one, image) - psnr(other, image) for one, other, image in zip(made, plain, true, strict=True)]
     facts |= {"psnr": mean(psnr(*pair) for pair in zip(made, true, strict=True))}

@@ -43,7 +43,8 @@ class ResNetBlock(nn.Module):
 
 
 class PixelShuffle(nn.Module):
-    """(B, C_in, h, w) -> (B, C_out, 2h, 2w): a convolution on the small map, whose channels become 2 x 2 pixels.
+    """(B, C_in, h, w) -> (B, C_out, 2h, 2w): a 1 x 1 convolution on the small map, whose channels become 2 x 2
+    pixels.
 
     The four pixels of a place begin with one kernel, so that it begins as nearest-neighbour enlarging, without a
     checkerboard (arXiv 1707.02937).
@@ -51,7 +52,7 @@ class PixelShuffle(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, 4 * out_channels, 3, padding=1)
+        self.conv = nn.Conv2d(in_channels, 4 * out_channels, 1)
         with torch.no_grad():
             for tensor in (self.conv.weight, self.conv.bias):
                 tensor.copy_(tensor[::4].repeat_interleave(4, dim=0))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from raphael.base.config.efficient import EfficientUNetConfig
 from raphael.net.attention import ActiveHooks
-from raphael.net.block import Block, BlockFactory, BlockInput, BlockOutput, BlockPlace
+from raphael.net.block import Block, BlockFactory, BlockInput, BlockPlace
 from raphael.net.condition import Condition
 from raphael.net.efficient.blocks import DownBlock, Level, UpBlock, joined
 from raphael.net.inputs import LevelEmbedding, check_inputs, zeroed
@@ -39,9 +39,7 @@ class EfficientUNet(nn.Module):
 
         above = (stem, *channels)  # width of the map that a level comes from, and goes back to
         self.down = nn.ModuleList(DownBlock(above[at], config.strides[at], level(at)) for at in range(last + 1))
-        self.up = nn.ModuleList(
-            UpBlock(above[at], config.strides[at], level(at)) for at in reversed(range(last + 1))
-        )
+        self.up = nn.ModuleList(UpBlock(above[at], config.strides[at], level(at)) for at in reversed(range(last + 1)))
         self.norm_out = nn.GroupNorm(groups, stem)
         self.conv_out = zeroed(nn.Conv2d(stem, config.predicted_channels, 3, padding=1))
         picture, vector, context = config.picture_channels, config.vector_dim, (config.context_dim, config.head_dim)

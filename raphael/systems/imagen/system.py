@@ -82,8 +82,8 @@ def check(config: Config) -> None:
     if not own and not config.clip.pretrained.startswith("t5:"):
         got = config.clip.pretrained or f"tower {config.clip.tower}"
         raise ConfigError(
-            f"{file}: clip.pretrained: got {got!r} with model.system imagen, expected t5:<folder or hub id>, or '' with "
-            "clip.tower t5, which trains one"
+            f"{file}: clip.pretrained: got {got!r} with model.system imagen, expected t5:<folder or hub id>, or '' "
+            "with clip.tower t5, which trains one"
         )
     if own and (width := config.clip.t5.width) != settings.base.unet.context_dim:
         got = settings.base.unet.context_dim

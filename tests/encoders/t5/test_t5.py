@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from raphael.base.randomness import SampleRng
 from raphael.encoders.pretrained import HERE, PretrainedError, write_pointer
 from raphael.encoders.t5.build import build_t5, save_encoder
 from raphael.encoders.t5.tokenizer import SENTINELS, load_tokenizer, train_tokenizer
+from raphael.encoders.t5.unigram import expected, learn_pieces, seeds
 from raphael.encoders.text import load_text_encoder
 from raphael.objectives.span_corruption import SpanCorruption
 
@@ -46,6 +48,36 @@ def test_the_tokenizer_gives_captions_back_and_knows_an_end_and_sentinels(folder
         assert ids[-1] == 1 and 2 not in ids and tokenizer.decode(ids[:-1]) == caption
     assert len(tokenizer("a red circle")["input_ids"]) <= 6, "words that come often are pieces of their own"
     assert tokenizer("")["input_ids"] == [1]
+
+
+def cuts(word: str) -> list[list[str]]:
+    return [[]] if not word else [[word[:n], *rest] for n in range(1, len(word) + 1) for rest in cuts(word[n:])]
+
+
+def test_a_step_of_expectation_is_the_sum_over_all_cuts_and_raises_the_likelihood() -> None:
+    words = {"red": 3, "reed": 2, "bred": 1}
+    letters = set("".join(words))
+    pieces = seeds(words, letters, 100)
+
+    def likelihood(pieces: dict[str, float]) -> float:
+        return sum(
+            n * math.log(sum(math.prod(pieces.get(p, 0.0) for p in cut) for cut in cuts(w))) for w, n in words.items()
+        )
+
+    by_hand = dict.fromkeys(pieces, 0.0)
+    for word, count in words.items():
+        weights = [math.prod(pieces.get(piece, 0.0) for piece in cut) for cut in cuts(word)]
+        for cut, weight in zip(cuts(word), weights, strict=True):
+            for piece in cut:
+                if piece in by_hand:
+                    by_hand[piece] += count * weight / sum(weights)
+    assert expected(words, pieces) == pytest.approx(by_hand)
+    before = likelihood(pieces)
+    total = sum(by_hand.values())
+    assert likelihood({piece: count / total for piece, count in by_hand.items()}) > before
+    learned = dict(learn_pieces(words, 8))
+    assert letters <= learned.keys() and len(learned) <= 8 and "red" in learned
+    assert sum(map(math.exp, learned.values())) == pytest.approx(1.0)
 
 
 def test_the_same_captions_give_the_same_bytes(folder: Path, tmp_path: Path) -> None:
@@ -90,8 +122,9 @@ def test_a_path_that_is_no_t5_is_named(folder: Path, tmp_path: Path) -> None:
 def test_settings_that_do_not_fit_are_named() -> None:
     with pytest.raises(ValueError, match="width: got 30, expected a multiple of heads 4"):
         dataclasses.replace(SMALL, width=30, heads=4)
-    with pytest.raises(PretrainedError, match="clip.t5.vocabulary: got 20, too few"):
+    with pytest.raises(PretrainedError, match="clip.t5.vocabulary: got 20, 19 of them special: got 1 pieces for"):
         train_tokenizer(CAPTIONS, 20, Path("never"))
+    assert not Path("never").exists()
 
 
 def test_two_hundred_steps_of_span_corruption_teach_it_captions(folder: Path) -> None:

@@ -34,7 +34,10 @@ def network(seed: int = 0, **changes: object) -> EfficientUNet:
 
 def told(count: int = 2, seed: int = 1, side: int = 16) -> Condition:
     generator = torch.Generator().manual_seed(seed)
-    tokens, picture = torch.randn(count, 5, 16, generator=generator), torch.randn(count, 3, side, side, generator=generator)
+    tokens, picture = (
+        torch.randn(count, 5, 16, generator=generator),
+        torch.randn(count, 3, side, side, generator=generator),
+    )
     mask = torch.tensor([[True, True, True, False, False], [True] * 5])[:count]
     return Condition(tokens, mask, picture=picture, level=torch.tensor([100.0, 700.0])[:count])
 
@@ -83,7 +86,14 @@ def test_the_depth_lies_where_the_settings_say_and_attention_ends_its_level() ->
     net = network()
     assert [len(module.level.blocks) for module in net.down] == [1, 2, 3]
     assert [len(module.level.blocks) for module in net.up] == [3, 2, 1]
-    assert [module.level.attention is not None for module in [*net.down, *net.up]] == [False, False, True, True, False, False]
+    assert [module.level.attention is not None for module in [*net.down, *net.up]] == [
+        False,
+        False,
+        True,
+        True,
+        False,
+        False,
+    ]
     assert net.num_blocks == net.config.num_blocks == 2 and net.config.multiple == 4
     assert [block.index for block in net.transformer_blocks()] == [0, 1]
 
@@ -93,9 +103,10 @@ def test_a_joined_skip_keeps_the_variance_of_one() -> None:
     h, skip = torch.randn(2, 4, 8, 64, 64, generator=generator, dtype=torch.float64)
     assert joined(h, skip).var() == pytest.approx(1.0, rel=0.01)
     assert (h + skip).var() == pytest.approx(2.0, rel=0.01), "without the factor it doubles at every level"
-    assert torch.equal(joined(h, skip), (h + skip) / torch.tensor(2.0, dtype=torch.float64).sqrt().item()) or (
-        joined(h, skip) - (h + skip) / 2**0.5
-    ).abs().max() < 1e-15
+    assert (
+        torch.equal(joined(h, skip), (h + skip) / torch.tensor(2.0, dtype=torch.float64).sqrt().item())
+        or (joined(h, skip) - (h + skip) / 2**0.5).abs().max() < 1e-15
+    )
 
 
 def test_every_skip_of_the_network_is_joined_so() -> None:
@@ -138,7 +149,7 @@ def test_a_resnet_block_is_the_formula_and_begins_as_the_identity() -> None:
 def test_enlarging_begins_as_the_nearest_neighbour_of_a_convolution() -> None:
     torch.manual_seed(0)
     up, x = PixelShuffle(6, 4), torch.randn(2, 6, 5, 5)
-    small = torch.nn.functional.conv2d(x, up.conv.weight[::4], up.conv.bias[::4], padding=1)
+    small = torch.nn.functional.conv2d(x, up.conv.weight[::4], up.conv.bias[::4])
     assert torch.equal(up(x), small.repeat_interleave(2, -1).repeat_interleave(2, -2))
 
 

@@ -52,14 +52,26 @@ def test_the_settings_name_nothing_that_only_raphael_has() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"autoencoder": {"pretrained": ""}, "encode": {"fields": ["moments", "text", "text_mask"]}}, "expected pixels"),
+        (
+            {"autoencoder": {"pretrained": ""}, "encode": {"fields": ["moments", "text", "text_mask"]}},
+            "expected pixels",
+        ),
         ({"clip": {"tower": "clip"}}, "clip.pretrained: got 'tower clip' with model.system imagen, expected t5:"),
         ({"clip": {"pretrained": "open_clip:ViT-B-32:x"}}, "clip.pretrained: got 'open_clip:ViT-B-32:x'.*expected t5:"),
         ({"clip": {"context_length": 20}}, "base.unet.context_length: got 12, expected 20, clip.context_length"),
         ({"clip": {"t5": {"width": 32}}}, "base.unet.context_dim: got 16, expected 32, clip.t5.width"),
-        ({"model": {"settings": {"upsampler": {"unet": {"context_length": 9}}}}}, "got 12 and 9, expected one, the T5's"),
-        ({"model": {"settings": {"upsampler": {"unet": {"picture_channels": 4}}}}}, "picture_channels: got 4, expected 3"),
-        ({"model": {"settings": {"base": {"unet": {"level_embedding": True}}}}}, "level_embedding: got True, expected Fals"),
+        (
+            {"model": {"settings": {"upsampler": {"unet": {"context_length": 9}}}}},
+            "got 12 and 9, expected one, the T5's",
+        ),
+        (
+            {"model": {"settings": {"upsampler": {"unet": {"picture_channels": 4}}}}},
+            "picture_channels: got 4, expected 3",
+        ),
+        (
+            {"model": {"settings": {"base": {"unet": {"level_embedding": True}}}}},
+            "level_embedding: got True, expected Fals",
+        ),
         ({"model": {"settings": {"upsampler": {"factor": 1}}}}, "factor: got 1, expected an integer at least 2"),
         ({"picture": {"sizes_px": [[20, 20]]}}, r"sizes_px: got \[20, 20\], expected multiples of 8"),
         ({"evaluate": {"num_probe": 3}}, "evaluate.num_probe: got 3, expected 0"),
@@ -77,7 +89,9 @@ def test_settings_that_do_not_fit_are_named(changes: dict, message: str, tmp_pat
 def test_records_without_text_embeddings_say_which_stage_makes_them(tmp_path: Path) -> None:
     config = write_cascade_workspace(tmp_path, text=False)
     folders = Folders.of(tmp_path, tmp_path)
-    with pytest.raises(StageError, match=r"records without the field text,.*encode.fields: \[.*\].* run the stage encode"):
+    with pytest.raises(
+        StageError, match=r"records without the field text,.*encode.fields: \[.*\].* run the stage encode"
+    ):
         open_records(config, folders)
 
 
