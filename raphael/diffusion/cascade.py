@@ -71,8 +71,7 @@ class Upsampler:
             with_picture(one.expand(count), low, level, self.factor, self.schedule.num_steps)
             for one in (order.cond, order.null)
         )
-        own = {"steps": settings.upsampler_steps, "guidance_scale": settings.upsampler_guidance}
-        how = replace(settings.of_one_network(), **own, guidance_interval=(0.0, 1.0), guidance_rescale=0.0)
+        how = settings.of_upsampler()
         parts = Parts(self.unet, self.schedule, self.prediction, _no_text, lambda images: images, shape)
         return sample_order(parts, Order(cond, null, order.noise.another(STREAM, shape), how))
 

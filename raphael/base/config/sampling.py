@@ -73,6 +73,11 @@ class Sampling:
         """The same without the options of cascades."""
         return replace(self, **{name: getattr(type(self), name) for name in OF_CASCADES})
 
+    def of_upsampler(self) -> Sampling:
+        """As a cascade's second network is sampled: by its own steps and guidance, at all noise levels."""
+        own = {"steps": self.upsampler_steps, "guidance_scale": self.upsampler_guidance}
+        return replace(self.of_one_network(), **own, guidance_interval=(0.0, 1.0), guidance_rescale=0.0)
+
     def expect_one_network(self) -> None:
         """Raises ValueError for an option of cascades that is not at its default."""
         for name in OF_CASCADES:

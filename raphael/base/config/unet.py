@@ -66,9 +66,8 @@ class UNetConfig:
                 "twice for a network without text"
             )
         if not self.context_dim and (self.pooled_text or self.text_layers or self.text_pool):
-            raise ValueError(
-                "context_dim: got 0 with pooled_text, text_layers or text_pool, expected the width of their tokens"
-            )
+            got = "text_pool" if self.text_pool else "pooled_text or text_layers"
+            raise ValueError(f"context_dim: got 0 with {got}, expected the width of their tokens")
         if self.inpainting and self.picture_channels != self.latent_channels + 1:
             raise ValueError(
                 f"picture_channels: got {self.picture_channels} with inpainting, expected {self.latent_channels + 1}: "
@@ -100,4 +99,10 @@ class PlainUNetConfig(UNetConfig):
 
     expansion: Annotated[float, Range(0)] = 0.0  # hidden width of a block's feed-forward / its width; 0: it has none
     activation: Literal["gelu", "geglu"] = "gelu"  # geglu: two hidden halves, one a gate
+    joined_text: bool = later(False)  # one attention over the map and the text, as Imagen's base; else one each
     self_attention: bool = later(True)  # false: blocks read the text alone, as Imagen's last super-resolution model
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.joined_text and not (self.context_dim and self.self_attention):
+            raise ValueError("joined_text: got true, expected a context_dim and self_attention to join")
