@@ -27,8 +27,8 @@ COSINE = DiffusionConfig(1000, "continuous_cosine", 1e-4, 0.02, "v", zero_termin
 
 
 def theirs(time: torch.Tensor, s: float = 0.008) -> torch.Tensor:
-    """imagen-pytorch 2.1.0's alpha_cosine_log_snr, written again: -log(cos((t + s) / (1 + s) pi / 2)^-2 - 1)."""
-    return -torch.log(torch.cos((time + s) / (1 + s) * math.pi * 0.5) ** -2 - 1)
+    """imagen-pytorch 2.1.0, alpha_cosine_log_snr, as its source has it; its clamp at 1e-5 touches no time from 0 on."""
+    return -torch.log(((torch.cos((time + s) / (1 + s) * math.pi * 0.5) ** -2) - 1).clamp(min=1e-5))
 
 
 def test_the_log_snr_of_the_schedule_is_imagen_pytorchs() -> None:
