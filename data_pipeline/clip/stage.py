@@ -1,4 +1,5 @@
-"""Train the small CLIP on the kept images and captions, or check the pretrained text encoder; write models/clip."""
+"""Train the small CLIP on the kept images and captions, or a T5 on the captions, or check the pretrained text encoder;
+write models/clip."""
 
 from __future__ import annotations
 
@@ -32,6 +33,14 @@ def run(config: Config, stage: Stage) -> None:
         rows = len(_captions(stage))
         stage.publish(finished, OUT)
         stage.report(rows, rows, pretrained=settings.pretrained, trained_on=0, **facts)
+        return
+    if settings.tower == "t5":
+        from data_pipeline.clip.t5 import train_t5
+
+        captions = [row["caption"] for row in _captions(stage)]
+        facts = train_t5(config, stage, captions, work)
+        stage.publish(finished, OUT)
+        stage.report(len(captions), len(captions), pretrained=None, trained_on=len(captions), **facts)
         return
     image_set = collect(stage, work, size, size)
     train_rows, held_rows = image_set.split()

@@ -15,6 +15,7 @@ from data_pipeline.encode.buckets import nearest_size
 from data_pipeline.encode.fields import AUTOENCODER, TEXT_ENCODER, Pictures, Tools, named
 from raphael.base.config.params import Config
 from raphael.base.files import written_whole
+from raphael.base.records import TEXT
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -54,12 +55,15 @@ def load_tools(config: Config, device: str) -> Tools:
     from raphael.encoders.text import load_text_encoder
 
     needed = needs(config)
+    text = load_text_encoder(MODELS[TEXT_ENCODER]) if TEXT_ENCODER in needed else None
+    if TEXT in named(config):  # token ids alone need no device
+        text = text.to(device)
     return Tools(
         config,
         config.model.load(),
         torch.device(device),
         load_autoencoder(MODELS[AUTOENCODER]).to(device) if AUTOENCODER in needed else None,
-        load_text_encoder(MODELS[TEXT_ENCODER]) if TEXT_ENCODER in needed else None,  # token ids need no device
+        text,
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from data_pipeline.encode.buckets import Size, size_name
 from raphael.base.config.params import Config
-from raphael.base.records import EDGES, LABEL, MOMENTS, PIXELS, TOKEN_IDS, Fields
+from raphael.base.records import EDGES, LABEL, MOMENTS, PIXELS, TEXT, TEXT_MASK, TOKEN_IDS, Fields
 from raphael.base.stage import StageError, file_sha256
 
 if TYPE_CHECKING:
@@ -119,6 +119,23 @@ def _tokens(tools: Tools, pictures: Pictures) -> np.ndarray:
     return tools.text.tokenize(pictures.captions).numpy().astype(np.int32)
 
 
+def _text(tools: Tools, pictures: Pictures) -> np.ndarray:
+    """The captions' tokens by the frozen encoder. Raises StageError where they do not fit float16."""
+    ids = tools.text.tokenize(pictures.captions).to(next(tools.text.parameters()).device)
+    tokens = tools.text.encode(ids).context.cpu().numpy()
+    half = tokens.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise StageError(
+            f"the text encoder's tokens do not fit float16 (largest {np.abs(tokens).max():.3g}); leave text out of "
+            "encode.fields, or train it again with a lower clip.loop.learning_rate"
+        )
+    return half
+
+
+def _text_mask(tools: Tools, pictures: Pictures) -> np.ndarray:
+    return tools.text.mask_of(tools.text.tokenize(pictures.captions)).numpy().astype(np.uint8)
+
+
 def _text_facts(tools: Tools) -> dict[str, Any]:
     (empty,) = tools.text.tokenize([""]).tolist()
     return {"text_encoder": {**tools.text.facts(), "empty_token_ids": empty}}
@@ -175,6 +192,12 @@ ENCODERS: dict[str, FieldEncoder] = {
     ),
     TOKEN_IDS: FieldEncoder(
         "int32", lambda tools, size: (tools.text.context_length,), _tokens, _text_facts, (TEXT_ENCODER,)
+    ),
+    TEXT: FieldEncoder(
+        "float16", lambda tools, size: (tools.text.context_length, tools.text.dim), _text, _text_facts, (TEXT_ENCODER,)
+    ),
+    TEXT_MASK: FieldEncoder(
+        "uint8", lambda tools, size: (tools.text.context_length,), _text_mask, _text_facts, (TEXT_ENCODER,)
     ),
     EDGES: FieldEncoder("uint8", edge_sides, _edges, _edge_facts),
     LABEL: FieldEncoder(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Protocol
@@ -23,20 +24,32 @@ class BatchNoise(Protocol):
     def __call__(self, step: int) -> Tensor:
         """That a step adds; asked for in the order of the steps, at most once each."""
 
+    def another(self, name: str, shape: tuple[int, ...]) -> BatchNoise:
+        """The same images' noise for a later network of a cascade, of the shape (C, h, w). name: of that network."""
+
 
 class ImageNoise:
     """Each image's from its own seed, whatever stands beside it."""
 
-    def __init__(self, seeds: list[ImageSeed], shape: tuple[int, ...], device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        seeds: list[ImageSeed],
+        shape: tuple[int, ...],
+        device: torch.device | str = "cpu",
+        name: str = "picture",
+    ):
+        self.seeds = list(seeds)
         self.sources = [SampleRng(seed, 0, [index]) for seed, index in seeds]
-        self.shape = shape
-        self.device = device
+        self.shape, self.device, self.name = shape, device, name
 
     def start(self) -> Tensor:
-        return self._draw("picture")
+        return self._draw(self.name)
 
     def __call__(self, step: int) -> Tensor:
-        return self._draw(f"picture step {step}")
+        return self._draw(f"{self.name} step {step}")
+
+    def another(self, name: str, shape: tuple[int, ...]) -> ImageNoise:
+        return ImageNoise(self.seeds, shape, self.device, name)
 
     def _draw(self, stream: str) -> Tensor:
         rows = [torch.as_tensor(source.normal(stream, self.shape)) for source in self.sources]
@@ -70,6 +83,11 @@ class GeneratorNoise:
     def __call__(self, step: int) -> Tensor:
         return self.start()
 
+    def another(self, name: str, shape: tuple[int, ...]) -> GeneratorNoise:
+        other = copy.copy(self)
+        other.shape = shape
+        return other
+
 
 class StartedFrom:
     """Another noise, but for its start (B, C, h, w)."""
@@ -82,6 +100,9 @@ class StartedFrom:
 
     def __call__(self, step: int) -> Tensor:
         return self.noise(step)
+
+    def another(self, name: str, shape: tuple[int, ...]) -> BatchNoise:
+        return self.noise.another(name, shape)
 
 
 class FromImage:
@@ -99,6 +120,9 @@ class FromImage:
 
     def __call__(self, step: int) -> Tensor:
         return self.noise(self.first + step)
+
+    def another(self, name: str, shape: tuple[int, ...]) -> BatchNoise:
+        return self.noise.another(name, shape)
 
 
 def noised(x0: Tensor, eps: Tensor, sigma: float) -> Tensor:

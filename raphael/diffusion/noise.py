@@ -1,4 +1,5 @@
-"""Noise that is continuous in sigma: EDM's, and rectified flow's. Both tell the network a real timestep in [0, T-1].
+"""Noise that is continuous in sigma: EDM's, rectified flow's, and Imagen's cosine. All tell the network a real timestep
+in [0, T-1].
 
 The samplers' coordinates stay x = x_0 + sigma eps. What rectified flow holds, (1 - time) x_0 + time eps, is
 (1 - time) x with sigma = time / (1 - time); a step of Euler along its straight lines is then the step of `euler`.
@@ -104,6 +105,45 @@ class RectifiedFlow(_Continuous):
         return time / (1 - time)
 
 
+class CosineNoise(_Continuous):
+    """alpha_bar(time) = cos^2((time + s) / (1 + s) pi / 2), time = t / (T-1) uniform in training: the cosine schedule
+    of arXiv 2102.09672, eq. 17, in continuous time, as Imagen has it (arXiv 2205.11487, 2.1; appendix F).
+
+    log SNR = -2 log tan((time + s) / (1 + s) pi / 2). At time 1 it is pure noise, so sigma is infinite. offset: s; with
+    0, time 0 is the image itself: of noise conditioning augmentation (raphael/diffusion/cascade.py).
+    """
+
+    zero_terminal_snr = True
+
+    def __init__(self, num_steps: int, offset: float = 0.008):
+        self.num_steps, self.offset = num_steps, offset
+
+    def timesteps(self, u: Tensor) -> Tensor:
+        return u.float() * (self.num_steps - 1)
+
+    def sigma_at(self, t: Tensor) -> Tensor:
+        time = t.double() / (self.num_steps - 1)
+        sigma = ((time + self.offset) / (1 + self.offset) * (math.pi / 2)).tan()
+        return torch.where(time >= 1, math.inf, sigma)
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        time = sigma.double().atan() / (math.pi / 2) * (1 + self.offset) - self.offset
+        return (time.clamp(0, 1) * (self.num_steps - 1)).float()
+
+    def sampling_sigmas(self, steps: int) -> Tensor:
+        """At equal steps of time from 1 to 0."""
+        if steps < 1:
+            raise ValueError(f"steps: got {steps}, expected at least 1")
+        time = 1 - torch.arange(steps, dtype=torch.float64) / steps
+        return torch.cat([self.sigma_at(time * (self.num_steps - 1)), torch.zeros(1, dtype=torch.float64)])
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """log (alpha_bar / (1 - alpha_bar)) at t (B,) -> (B,) float64."""
+        return -2 * self.sigma_at(t).log()
+
+
 def noise_of(config: DiffusionConfig) -> Noise:
+    if config.schedule == "continuous_cosine":
+        return CosineNoise(config.num_steps)
     continuous = {"edm": EdmNoise, "rectified_flow": RectifiedFlow}
     return continuous.get(config.schedule, Schedule)(config)

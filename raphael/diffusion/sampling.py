@@ -40,6 +40,8 @@ class Parts:
 
     encode: texts -> Condition; decode: scaled latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1];
     latent_shape: (C, h, w) of one image. guide: texts -> what wraps the denoiser of images of them, None: nothing does.
+    then: of a cascade, what makes of the first network's images (B, C, h, w) of
+    an order those that are decoded (raphael/diffusion/cascade.py); None: there is one network.
     """
 
     unet: UNet
@@ -49,6 +51,7 @@ class Parts:
     decode: Callable[[Tensor], Tensor]
     latent_shape: tuple[int, int, int]
     guide: Callable[[list[str]], Wrap] | None = None
+    then: Callable[[Tensor, Order], Tensor] | None = None
 
 
 def sampling_of(config: GenerateConfig) -> Sampling:
@@ -117,7 +120,17 @@ def generate_latents(
 
 @torch.inference_mode()
 def sample_order(parts: Parts, order: Order) -> Tensor:
-    """Scaled latents (B, C, h, w) of one batch."""
+    """Scaled latents (B, C, h, w) of one batch; of a cascade its last network's, or the first's with `until` base.
+
+    Raises ValueError for an option of cascades where there is one network.
+    """
+    if parts.then is None:
+        order.settings.expect_one_network()
+    first = _sampled(parts, order)
+    return first if parts.then is None or order.settings.until == "base" else parts.then(first, order)
+
+
+def _sampled(parts: Parts, order: Order) -> Tensor:
     settings, device = order.settings, next(parts.unet.parameters()).device
     denoiser = guided_denoiser(parts, settings, order.null, order.collect, order.wrap)
     remembering = getattr(parts.unet, "remembering", contextlib.nullcontext)  # of texts, where a network reads any
@@ -165,7 +178,12 @@ def encode_texts(parts: Parts, texts: list[str]) -> Condition:
 @torch.inference_mode()
 def decode_images(parts: Parts, latents: Tensor) -> np.ndarray:
     """Scaled latents (n, C, h, w) -> uint8 (n, H, W, 3), rounded to nearest."""
-    images = parts.decode(latents).float().clamp(-1, 1)
+    return as_bytes(parts.decode(latents))
+
+
+def as_bytes(images: Tensor) -> np.ndarray:
+    """(n, 3, H, W) in [-1, 1], beyond them clipped -> uint8 (n, H, W, 3)."""
+    images = images.float().clamp(-1, 1)
     return ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 

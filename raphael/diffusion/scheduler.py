@@ -21,7 +21,7 @@ from torch import Tensor
 
 from raphael.base.config.preset import DiffusionConfig
 from raphael.diffusion.denoiser import Denoiser
-from raphael.diffusion.noise import EdmNoise, RectifiedFlow
+from raphael.diffusion.noise import CosineNoise, EdmNoise, RectifiedFlow
 from raphael.diffusion.prediction import Eps, Sample, Velocity
 from raphael.diffusion.samplers import Ended, Watch
 from raphael.diffusion.schedule import Noise, Schedule
@@ -81,6 +81,14 @@ def scheduler_config(diffusion: DiffusionConfig) -> SchedulerConfig:
             _class_name="EDMEulerScheduler", **steps, **levels, rho=edm.rho, sigma_schedule="karras",
             prediction_type="epsilon",
         )  # fmt: skip
+    if diffusion.schedule == "continuous_cosine":
+        noise = CosineNoise(diffusion.num_steps)
+        alpha_bar = noise.alpha_bar_at(torch.arange(diffusion.num_steps))
+        betas = 1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+        return SchedulerConfig(
+            _class_name="DDIMScheduler", **steps, trained_betas=betas.tolist(), prediction_type="v_prediction",
+            timestep_spacing="trailing", steps_offset=0, set_alpha_to_one=True, clip_sample=False,
+        )  # fmt: skip
     return SchedulerConfig(
         _class_name="DDIMScheduler",
         **steps,
@@ -123,8 +131,9 @@ def expect_fit(scheduler: Any, noise: Noise) -> None:
     steps = scheduler.config.get("num_train_timesteps")
     if form != "edm" and steps != noise.num_steps:
         raise ValueError(f"scheduler: got num_train_timesteps {steps}, expected {noise.num_steps}; {advice}")
-    if isinstance(noise, Schedule):
-        apart = float((scheduler.alphas_cumprod.double().cpu() - noise.alpha_bar).abs().max())
+    if isinstance(noise, Schedule | CosineNoise):
+        alpha_bar = noise.alpha_bar_at(torch.arange(noise.num_steps))
+        apart = float((scheduler.alphas_cumprod.double().cpu() - alpha_bar).abs().max())
         if apart > MOST_APART:
             raise ValueError(f"scheduler: its betas are not the model's (alpha_bar differs by {apart:.2g}); {advice}")
 

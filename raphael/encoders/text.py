@@ -47,6 +47,10 @@ class TextEncoder(nn.Module):
         with torch.autocast(token_ids.device.type, enabled=False):
             return self._encode(token_ids.long())
 
+    def mask_of(self, token_ids: Tensor) -> Tensor:
+        """Bool (B,N), True on real tokens: as `encode` says it, without encoding."""
+        return self._mask(token_ids)
+
     def tokens_of(self, prompt: str) -> list[str]:
         """The word piece at each of the N positions, for display; blanks stripped."""
         (ids,) = self.tokenize([prompt])
@@ -214,7 +218,7 @@ def load_text_encoder(spec_or_folder: str | Path, context_length: int | None = N
 
 
 def _load_transformers(kind: str, where: str, context_length: int | None) -> TextEncoder:
-    from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
+    from transformers import AutoConfig, AutoTokenizer, CLIPTextModel, T5EncoderModel
 
     local = Path(where).expanduser()
     where, revision = split_revision(where)
@@ -222,6 +226,9 @@ def _load_transformers(kind: str, where: str, context_length: int | None) -> Tex
     # Without trust_remote_code=False a folder with `auto_map` asks whether to run its code
     safely: dict[str, Any] = {"local_files_only": local_only, "revision": revision, "trust_remote_code": False}
     with one_line(f"the text encoder {kind}", where, "config.json, model.safetensors and the tokenizer's files"):
+        if kind == "t5" and (found := AutoConfig.from_pretrained(target, **safely).model_type) != "t5":
+            # transformers would find none of its weights there, and draw its own
+            raise PretrainedError(f"the text encoder t5: got {where}, a model of type {found}, expected a T5")
         tokenizer = AutoTokenizer.from_pretrained(target, **safely)
         model = (T5EncoderModel if kind == "t5" else CLIPTextModel).from_pretrained(
             target, use_safetensors=True, dtype=torch.float32, **safely

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 
 from raphael.base.strict import ConfigError
+from raphael.evaluate.instruments import enlarging
 from raphael.evaluate.instruments import measured as instruments
 from raphael.evaluate.metric import Metric
 from raphael.evaluate.metrics import of_features, of_prompts
@@ -74,6 +75,7 @@ METRICS = (  # in the order in which they are measured and told
         "timestep_loss", "lower", (SCENES, MODEL), instruments.timestep_loss,
         "denoising loss of drawn held-out scenes, mean over ten timesteps", r"timestep_loss",
     ),
+    Metric("upsampler", None, (SCENES, MODEL), enlarging.upsampler, "a cascade's second network on drawn scenes"),
     Metric(
         "swap", None, (SCENES, TEXT_MODEL), instruments.swap, "whose facts are shown when texts are exchanged",
         pieces=instruments.SWAP,

@@ -88,6 +88,44 @@ class SelfAttention(nn.Module):
         return torch.softmax(q_BHPd @ k_BHPd.mT * q_BHPd.shape[-1] ** -0.5, dim=-1)
 
 
+class JointAttention(nn.Module):
+    """Self-attention whose keys and values are the map's and, behind them, the text's: one softmax over both (ADM's
+    attention as Imagen's base has it, arXiv 2205.11487, 2.3). No hook acts on it: its map is neither kind's.
+    """
+
+    def __init__(self, dim: int, context_dim: int, head_dim: int):
+        super().__init__()
+        self.num_heads = dim // head_dim
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.kv = nn.Linear(context_dim, 2 * dim, bias=False)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(
+        self,
+        h: Tensor,  # (B, P, D)
+        context: Tensor,  # (B, N, C)
+        context_mask: Tensor | None,  # (B, N) bool, False: no attention to this token
+        hooks: ActiveHooks | None = None,
+        keys_values: tuple[Tensor, Tensor] | None = None,  # of `context`, where the caller has them from before
+    ) -> Tensor:  # (B, P, D)
+        if hooks is not None:
+            raise ValueError("hooks: got some, expected none: with joined_text a map is of pixels and words at once")
+        B, P, D = h.shape
+        q, k, v = self.qkv(h).view(B, P, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, P, D/H)
+        k_BHNd, v_BHNd = self.keys_values(context) if keys_values is None else keys_values
+        mask = None
+        if context_mask is not None:
+            mask = torch.cat([context_mask.new_ones(B, P), context_mask], dim=1)
+        out = attend(q, torch.cat([k, k_BHNd.to(k)], dim=2), torch.cat([v, v_BHNd.to(v)], dim=2), mask)
+        return self.out(out.transpose(1, 2).reshape(B, P, D))
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of a context (B, N, C), each (B, H, N, D/H)."""
+        B, N, _ = context.shape
+        keys, values = self.kv(context).view(B, N, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        return keys, values
+
+
 class CrossAttention(nn.Module):
     """M = softmax(Q K^T / sqrt(d)), out = M V; Q from the map, K and V from the text (RAPHAEL, section 2).
 

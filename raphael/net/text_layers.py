@@ -59,6 +59,35 @@ class TextRefiner(nn.Module):
         return self.norm(x).to(context.dtype)
 
 
+class AttentionPool(nn.Module):
+    """A caption as one vector (B, D): the mean of its tokens asks all real ones (Imagen, arXiv 2205.11487, 2.3: text
+    embeddings are attention-pooled and added to the timestep's embedding). A sample without a real token gets the bias.
+    """
+
+    def __init__(self, context_dim: int, head_dim: int, dim: int):
+        super().__init__()
+        self.num_heads = context_dim // head_dim
+        self.norm = nn.LayerNorm(context_dim)
+        self.q = nn.Linear(context_dim, context_dim, bias=False)
+        self.kv = nn.Linear(context_dim, 2 * context_dim, bias=False)
+        self.out = nn.Linear(context_dim, dim)
+
+    def forward(
+        self,
+        x_BNC: Tensor,
+        mask_BN: Tensor | None,  # bool, True on real tokens; None: all
+    ) -> Tensor:  # (B, D)
+        B, N, _ = x_BNC.shape
+        if mask_BN is None:
+            mask_BN = torch.ones(B, N, dtype=torch.bool, device=x_BNC.device)
+        x_BNC = self.norm(x_BNC.masked_fill(~mask_BN[..., None], 0))
+        weight_BN = mask_BN.to(x_BNC) / mask_BN.sum(1, keepdim=True).clamp(min=1)
+        q_BH1d = self.q(torch.einsum("bn,bnc->bc", weight_BN, x_BNC)).view(B, 1, self.num_heads, -1).transpose(1, 2)
+        k_BHNd, v_BHNd = self.kv(x_BNC).view(B, N, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        out_BH1d = attend(q_BH1d, k_BHNd, v_BHNd, mask_BN)
+        return self.out(out_BH1d.flatten(1))
+
+
 class Positions(nn.Module):
     """Where on the map a pixel lies: a learned vector a place, added to what an attention reads (`unet.positions`).
 

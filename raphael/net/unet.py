@@ -16,7 +16,7 @@ from raphael.net.condition import Condition
 from raphael.net.inputs import LevelEmbedding, check_control, check_inputs, zeroed
 from raphael.net.layers import Downsample, ResBlock, TimeEmbedding, Upsample
 from raphael.net.memory import TextMemory
-from raphael.net.text_layers import TextRefiner
+from raphael.net.text_layers import AttentionPool, TextRefiner
 
 
 @dataclass
@@ -76,6 +76,8 @@ class UNet(nn.Module):
         self.picture_in = zeroed(nn.Conv2d(picture, channels[0], 3, padding=1, bias=False)) if picture else None
         self.vector_in = zeroed(nn.Linear(vector, time_dim, bias=False)) if vector else None
         self.level_in = LevelEmbedding(channels[0], time_dim) if config.level_embedding else None
+        pool = config.context_dim, config.head_dim, time_dim
+        self.text_pool = AttentionPool(*pool) if config.text_pool else None
 
     def forward(
         self,
@@ -105,6 +107,8 @@ class UNet(nn.Module):
         time = embedding = self.time_embedding(t)
         if self.config.pooled_text:
             embedding = embedding + self._pooled(tokens, mask)
+        if self.text_pool is not None:
+            embedding = embedding + self.text_pool(tokens, mask)
         if condition.vector is not None:
             embedding = embedding + self.vector_in(condition.vector.to(self.vector_in.weight.dtype))
         if condition.level is not None:

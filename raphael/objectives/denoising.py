@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from raphael.base.config.preset import DiffusionConfig, UNetConfig
 from raphael.base.randomness import SampleRng
-from raphael.base.records import EDGES, MOMENTS, PHASE, PIXELS, TOKEN_IDS
+from raphael.base.records import EDGES, MOMENTS, PHASE, PIXELS, TEXT, TEXT_MASK, TOKEN_IDS
 from raphael.base.strict import to_dict
 from raphael.diffusion.noise import noise_of
 from raphael.diffusion.prediction import Prediction, prediction_of, training_pair
@@ -62,6 +62,7 @@ class DenoisingObjective(nn.Module):
             raise ValueError(f"edge_block_weights: got {got} numbers, expected {unet.num_blocks}, one for each block")
         self.unet = unet
         self.encode_text = encode_text
+        self._empty: Condition | None = None  # of the empty caption, where records hold the others' encodings
         self.register_buffer("empty_tokens", empty_tokens.long(), persistent=False)
         self.schedule = noise_of(diffusion)
         self.prediction = prediction_of(diffusion)
@@ -75,7 +76,8 @@ class DenoisingObjective(nn.Module):
 
     def forward(self, batch: dict[str, Tensor], rng: SampleRng) -> dict[str, Tensor]:
         """batch: moments (B, 2C, h, w) or pixels, token_ids (B, N), edges (B, E, F) uint8 where it has edge heads;
-        phase (B,) where there are phases.
+        phase (B,) where there are phases; text (B, N, D) and text_mask where the stage encode has read the captions:
+        then the text encoder has nothing to do.
 
         Returns "loss" (the weighted sum, what is minimised), "denoise", "edge", "balance" and, detached, "denoise_t"
         (the unweighted square error in each quarter of the timesteps, the cleanest first), the load of every expert,
@@ -91,9 +93,8 @@ class DenoisingObjective(nn.Module):
         if self.config.noise_offset:  # an image's mean brightness is then noised, too, and has to be learned
             noise = noise + self.config.noise_offset * rng.normal("noise_offset", (C, 1, 1)).to(device)
         dropped = (rng.uniform("caption_drop") < self.config.caption_drop).to(device)
-        tokens = torch.where(dropped[:, None], self.empty_tokens, batch[TOKEN_IDS].long())
         with torch.no_grad():
-            text = self._with_picture(self.encode_text(tokens), x0, rng)
+            text = self._with_picture(self._text(batch, dropped), x0, rng)
 
         x_t, target = training_pair(self.prediction, self.schedule, x0, noise, t)
         gate_noise = self._gate_noise(rng, text.tokens)
@@ -122,10 +123,25 @@ class DenoisingObjective(nn.Module):
         x0 = sample_latents(moments, self.scale.factor, self.scale.shift, None)
         t = self.schedule.timesteps(place).to(moments.device)
         noise = rng.normal("noise", x0.shape[1:]).to(moments.device)
-        text = self._with_picture(self.encode_text(batch[TOKEN_IDS].long()), x0, rng)
+        text = self._with_picture(self._text(batch, None), x0, rng)
         x_t, target = training_pair(self.prediction, self.schedule, x0, noise, t)
         prediction = self.unet(x_t, t, text).prediction
         return (prediction.float() - target).square().flatten(1).mean(1)
+
+    def _text(self, batch: dict[str, Tensor], dropped: Tensor | None) -> Condition:
+        """What the captions say, of those dropped (B,) bool what the empty one says; None: none are."""
+        if TEXT not in batch:
+            tokens = batch[TOKEN_IDS].long()
+            if dropped is not None:
+                tokens = torch.where(dropped[:, None], self.empty_tokens, tokens)
+            return self.encode_text(tokens)
+        read, mask = batch[TEXT].float(), batch[TEXT_MASK].bool()
+        if dropped is not None:
+            if self._empty is None:
+                self._empty = self.encode_text(self.empty_tokens[None])
+            read = torch.where(dropped[:, None, None], self._empty.tokens, read)
+            mask = torch.where(dropped[:, None], self._empty.mask, mask)
+        return Condition(read, mask)
 
     def _with_picture(self, text: Condition, x0: Tensor, rng: SampleRng) -> Condition:
         """An inpainting network is also shown what is left of x0 (B, C, h, w) around holes."""

@@ -1,4 +1,5 @@
-"""The loss of a plain diffusion model (DDPM, arXiv 2006.11239, eq. 14): the mean square of its network's error."""
+"""The loss of a plain diffusion model (DDPM, arXiv 2006.11239, eq. 14): the mean square of its network's error; and of
+one that enlarges images (Imagen, arXiv 2205.11487, figure A.32)."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raphael.base.randomness import SampleRng
+from raphael.diffusion.cascade import augmented, shrunk, with_picture
 from raphael.diffusion.prediction import Prediction, training_pair
 from raphael.diffusion.schedule import Noise
 from raphael.net.condition import Condition
@@ -22,15 +24,23 @@ class PlainDenoising(nn.Module):
     """unet: a network of (x, t, Condition) with `.prediction`. told(batch, dropped): what it is told of a batch, with
     dropped (B,) bool the samples that it is told nothing of, for classifier-free guidance; None: none. drop: their
     share. shift: where in time it is trained (`shifted`), 1: uniformly. Latents are the records' means, unscaled:
-    pixels in [-1, 1] where there is no autoencoder.
+    pixels in [-1, 1] where there is no autoencoder. shrink: side of the records' images / side of those that it is
+    trained on, which are means of areas: of a cascade's first network.
     """
 
     def __init__(
-        self, unet: nn.Module, noise: Noise, prediction: Prediction, told: Told, drop: float = 0.0, shift: float = 1.0
+        self,
+        unet: nn.Module,
+        noise: Noise,
+        prediction: Prediction,
+        told: Told,
+        drop: float = 0.0,
+        shift: float = 1.0,
+        shrink: int = 1,
     ):
         super().__init__()
         self.unet, self.schedule, self.prediction = unet, noise, prediction
-        self.told, self.drop, self.shift = told, drop, shift
+        self.told, self.drop, self.shift, self.shrink = told, drop, shift, shrink
 
     def forward(self, batch: dict[str, Tensor], rng: SampleRng) -> dict[str, Tensor]:
         """batch: pixels (B, 3, H, W) uint8 or moments, and what `told` reads.
@@ -42,7 +52,7 @@ class PlainDenoising(nn.Module):
         noise = rng.normal("noise", tuple(x0.shape[1:])).to(x0.device)
         dropped = (rng.uniform("condition_drop") < self.drop).to(x0.device)
         given, target = training_pair(self.prediction, self.schedule, x0, noise, t)
-        predicted = self.unet(given, t, self.told(batch, dropped)).prediction.float()
+        predicted = self.unet(given, t, self._condition(batch, dropped, x0, rng)).prediction.float()
         loss = F.mse_loss(predicted, target)
         quarters = by_quarter(predicted, target, t, self.schedule.num_steps)
         return {"loss": loss, "denoise": loss.detach(), **quarters}
@@ -54,9 +64,39 @@ class PlainDenoising(nn.Module):
         t = self.schedule.timesteps(place).to(x0.device)
         noise = rng.normal("noise", tuple(x0.shape[1:])).to(x0.device)
         given, target = training_pair(self.prediction, self.schedule, x0, noise, t)
-        predicted = self.unet(given, t, self.told(batch, None)).prediction.float()
+        predicted = self.unet(given, t, self._condition(batch, None, x0, rng)).prediction.float()
         return (predicted - target).square().flatten(1).mean(1)
 
-    @staticmethod
-    def _x0(batch: Mapping[str, Tensor]) -> Tensor:
-        return sample_latents(moments_of(batch), 1.0, 0.0, None)
+    def _condition(self, batch: Mapping[str, Tensor], dropped: Tensor | None, x0: Tensor, rng: SampleRng) -> Condition:
+        return self.told(batch, dropped)
+
+    def _x0(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return shrunk(sample_latents(moments_of(batch), 1.0, 0.0, None), self.shrink)
+
+
+class Enlarging(PlainDenoising):
+    """The same loss of a cascade's second network, which is told the images at 1 / factor of their side.
+
+    These are means of areas, with noise conditioning augmentation of a level uniform in [0, 1], drawn for each sample,
+    and the level is told. A dropped sample keeps its picture: what is dropped is the text.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        noise: Noise,
+        prediction: Prediction,
+        told: Told,
+        drop: float = 0.0,
+        shift: float = 1.0,
+        factor: int = 2,
+    ):
+        super().__init__(unet, noise, prediction, told, drop, shift)
+        self.factor = factor
+
+    def _condition(self, batch: Mapping[str, Tensor], dropped: Tensor | None, x0: Tensor, rng: SampleRng) -> Condition:
+        low = shrunk(x0, self.factor)
+        eps = rng.normal("augmentation noise", tuple(low.shape[1:])).to(low.device)
+        level = rng.uniform("augmentation level").to(low.device)
+        text = self.told(batch, dropped)
+        return with_picture(text, augmented(low, eps, level), level, self.factor, self.schedule.num_steps)

@@ -169,3 +169,24 @@ def test_two_places_that_look_alike_are_told_apart_by_positions_alone():
 def test_text_layers_want_a_width_of_whole_heads():
     with pytest.raises(ValueError, match="context_dim: got 30 with text_layers 1, expected a multiple of head_dim"):
         replace(CONFIG, text_layers=1, context_dim=30)
+
+
+def test_a_pooled_caption_is_what_its_mean_token_reads_of_its_real_tokens():
+    """Against attention written out, head by head, in float64; padding may hold anything."""
+    from raphael.net.text_layers import AttentionPool
+
+    torch.manual_seed(0)
+    pool, tokens = AttentionPool(12, 4, 7).double(), torch.randn(3, 5, 12, dtype=torch.float64)
+    mask = torch.tensor([[True] * 5, [True, True, False, False, False], [False] * 5])
+    tokens[1, 2:] = float("nan")
+    pooled = pool(tokens, mask)
+    for row in range(3):
+        real = pool.norm(tokens[row][mask[row]])
+        read = torch.zeros(12, dtype=torch.float64)
+        if len(real):
+            query, (keys, values) = pool.q(real.mean(0)), pool.kv(real).chunk(2, dim=-1)
+            for head in (slice(0, 4), slice(4, 8), slice(8, 12)):
+                weights = torch.softmax(keys[:, head] @ query[head] / 2.0, dim=0)
+                read[head] = weights @ values[:, head]
+        torch.testing.assert_close(pooled[row], pool.out(read), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(pool(tokens[:1], None), pooled[:1])

@@ -6,7 +6,7 @@ import torch
 from raphael.base.config.params import load_config
 from raphael.base.config.preset import load_preset
 from raphael.base.randomness import SampleRng
-from raphael.base.records import EDGES, MOMENTS, TOKEN_IDS
+from raphael.base.records import EDGES, MOMENTS, TEXT, TEXT_MASK, TOKEN_IDS
 from raphael.diffusion.prediction import Eps, Velocity
 from raphael.net.condition import Condition
 from raphael.net.moe.gate import Routing
@@ -381,3 +381,20 @@ def test_the_entropy_of_a_gate_is_one_undecided_and_zero_certain():
     time = Routing(probability[0].argmax(-1), probability[0], torch.ones(3, dtype=torch.bool))
     assert time.entropy().tolist() == pytest.approx([0, 1, math.log(2) / math.log(4)])
     assert Routing(torch.zeros(2, dtype=torch.long), torch.ones(2, 1), torch.ones(2) > 0).entropy().tolist() == [0, 0]
+
+
+def test_captions_that_the_records_hold_encoded_give_the_losses_of_the_encoder_and_leave_it_alone():
+    """In float32, as the encoder gives them, to the bit; rounded to float16, as records have them, nearly so."""
+    plain, given = batch(range(8)), batch(range(8))
+    text = encode_text(given[TOKEN_IDS])
+    given |= {TEXT: text.tokens, TEXT_MASK: text.mask.to(torch.uint8)}
+    goal, read = objective(caption_drop=0.5), []
+    expected = goal(plain, rng(range(8)))
+    goal.encode_text = lambda tokens: read.append(tuple(tokens.shape)) or encode_text(tokens)
+    found = goal(given, rng(range(8)))
+    assert torch.equal(found["loss"], expected["loss"]) and read == [(1, SHAPE.context_length)], "the empty one, once"
+    rounded = goal({**given, TEXT: text.tokens.half()}, rng(range(8)))
+    torch.testing.assert_close(rounded["denoise"], expected["denoise"], rtol=1e-2, atol=1e-3)
+    place = torch.linspace(0, 0.9, 8)
+    goal.eval()
+    assert torch.equal(goal.heldout(given, rng(range(8)), place), goal.heldout(plain, rng(range(8)), place))

@@ -185,8 +185,26 @@ NO_TEXT = "none"  # of clip.pretrained: no text encoder, for a system that reads
 
 
 @dataclass(frozen=True)
+class T5Config:
+    """A T5 that is trained here, on captions alone (raphael/encoders/t5)."""
+
+    width: Count = 128
+    heads: Count = 4
+    hidden: Count = 256  # of its feed-forwards
+    layers: Count = 2  # of the encoder; the decoder, which is thrown away, has one
+    vocabulary: Annotated[int, Range(64)] = 512  # pieces at most, of the unigram tokenizer
+    corrupted_share: Annotated[float, Range(0.01, 0.9)] = 0.3  # of a caption's tokens; T5's 0.15 is of 512
+    mean_span: Annotated[float, Range(1)] = 2.0  # tokens
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"width: got {self.width}, expected a multiple of heads {self.heads}")
+
+
+@dataclass(frozen=True)
 class ClipConfig:
-    """The text encoder (and scoring CLIP): loaded from `pretrained` or trained here with open_clip's class."""
+    """The text encoder (and scoring CLIP): loaded from `pretrained`, or trained here with open_clip's class, or, as
+    tower t5, with transformers' T5: a tower of text alone, which scores no images."""
 
     pretrained: str  # "", "open_clip:<arch>:<weights>", "clip:<folder or hub id>", "t5:<folder or hub id>", or NO_TEXT
     context_length: Annotated[int, Range(4)]
@@ -201,6 +219,8 @@ class ClipConfig:
     image_layers: Count  # of a vit; bottlenecks in each of a resnet's four stages
     patch_size_px: NonNegative  # of a vit; 0 for a resnet
     loop: LoopConfig
+    tower: Literal["clip", "t5"] = later("clip")  # what is trained here
+    t5: T5Config = field(default_factory=T5Config, metadata=LATER)
 
     def __post_init__(self) -> None:
         refuse_unread(self.loop)

@@ -86,8 +86,10 @@ class FlowNoiseConfig:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    num_steps: Annotated[int, Range(2)]  # T; edm, rectified_flow: the network's times are any real from 0 to T-1
-    schedule: Literal["linear", "scaled_linear", "cosine", "edm", "rectified_flow"]
+    num_steps: Annotated[
+        int, Range(2)
+    ]  # T; edm, rectified_flow, continuous_cosine: the network's times are any real from 0 to T-1
+    schedule: Literal["linear", "scaled_linear", "cosine", "edm", "rectified_flow", "continuous_cosine"]
     beta_start: Positive  # of linear and scaled_linear
     beta_end: Positive
     prediction: Literal["eps", "v", "x0", "flow", "edm"]  # what the network returns: raphael/diffusion/prediction.py
@@ -103,9 +105,9 @@ class DiffusionConfig:
             )
         if self.schedule == "edm" and self.zero_terminal_snr:
             raise ValueError("zero_terminal_snr: got true with schedule edm, expected false: it ends at edm.sigma_max")
-        if self.schedule == "rectified_flow" and not self.zero_terminal_snr:
+        if self.schedule in ("rectified_flow", "continuous_cosine") and not self.zero_terminal_snr:
             raise ValueError(
-                "zero_terminal_snr: got false with schedule rectified_flow, expected true: its last time is pure noise"
+                f"zero_terminal_snr: got false with schedule {self.schedule}, expected true: it ends in pure noise"
             )
 
 

@@ -7,7 +7,7 @@ so that what was made before it keeps its name.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Literal
 
 from raphael.base.config.preset import Count, Positive, Share
@@ -16,6 +16,7 @@ from raphael.base.strict import LATER, Range, to_dict
 SamplerName = Literal["ddpm", "ddim", "euler", "heun", "dpmpp_2m", "unipc", "euler_ancestral"]
 ThresholdKind = Literal["none", "static", "dynamic"]
 LongPrompts = Literal["cut", "chunks"]
+OF_CASCADES = ("until", "upsampler_steps", "upsampler_guidance", "augmentation")  # options of models that have several
 OF_SAMPLERS: dict[str, tuple[SamplerName, ...]] = {"eta": ("ddim",), "variance": ("ddpm",)}  # options of those alone
 
 
@@ -47,6 +48,10 @@ class Sampling:
     long_prompts: LongPrompts = option(
         "cut", "those longer than the model reads: cut, with a warning, or read chunk by chunk", later=True
     )
+    until: Literal["end", "base"] = option("end", "of a cascade: base shows its first network's images", later=True)
+    upsampler_steps: Count = option(10, "denoising steps of a cascade's upsampler", later=True)
+    upsampler_guidance: Annotated[float, Range(0)] = option(1.0, "guidance scale of it; 1: none", later=True)
+    augmentation: Share = option(0.1, "noise on what it enlarges: 0 none, 1 nothing else", later=True)
 
     def __post_init__(self) -> None:
         for name, samplers in OF_SAMPLERS.items():
@@ -64,6 +69,21 @@ class Sampling:
         if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
             got = " to ".join(f"{end:g}" for end in interval)
             raise ValueError(f"guidance_interval: got {got}, expected two shares, the lower first")
+
+    def of_one_network(self) -> Sampling:
+        """The same without the options of cascades."""
+        return replace(self, **{name: getattr(type(self), name) for name in OF_CASCADES})
+
+    def of_upsampler(self) -> Sampling:
+        """As a cascade's second network is sampled: by its own steps and guidance, at all noise levels."""
+        own = {"steps": self.upsampler_steps, "guidance_scale": self.upsampler_guidance}
+        return replace(self.of_one_network(), **own, guidance_interval=(0.0, 1.0), guidance_rescale=0.0)
+
+    def expect_one_network(self) -> None:
+        """Raises ValueError for an option of cascades that is not at its default."""
+        for name in OF_CASCADES:
+            if (got := getattr(self, name)) != (default := getattr(type(self), name)):
+                raise ValueError(f"{name}: got {_short(got)}, expected {_short(default)}: the model has no upsampler")
 
 
 def own_sampling(settings: dict[str, Any]) -> dict[str, Any]:

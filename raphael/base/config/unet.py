@@ -31,6 +31,7 @@ class UNetConfig:
     context_length: Whole = 0  # tokens of a caption, padding included
     pooled_text: bool = False  # res-blocks also read the caption as a whole
     text_layers: Whole = 0  # bidirectional layers over the frozen tokens, of heads of head_dim
+    text_pool: bool = later(False)  # res-blocks read the caption as one vector, which attention pools (Imagen)
     # of a side, joined into channels before the first convolution: a network on pixels then computes on smaller maps
     patch_px: Count = later(1)
     # Further inputs. Each begins at zero: a trained network gains one without changing what it computes
@@ -64,17 +65,19 @@ class UNetConfig:
                 f"context_dim: got {self.context_dim} with context_length {self.context_length}, expected both, or 0 "
                 "twice for a network without text"
             )
-        if not self.context_dim and (self.pooled_text or self.text_layers):
-            raise ValueError("context_dim: got 0 with pooled_text or text_layers, expected the width of their tokens")
+        if not self.context_dim and (self.pooled_text or self.text_layers or self.text_pool):
+            got = "text_pool" if self.text_pool else "pooled_text or text_layers"
+            raise ValueError(f"context_dim: got 0 with {got}, expected the width of their tokens")
         if self.inpainting and self.picture_channels != self.latent_channels + 1:
             raise ValueError(
                 f"picture_channels: got {self.picture_channels} with inpainting, expected {self.latent_channels + 1}: "
                 "a mask and x_0"
             )
-        if self.text_layers and self.context_dim % self.head_dim:
+        if (self.text_layers or self.text_pool) and self.context_dim % self.head_dim:
+            got = f"text_layers {self.text_layers}" if self.text_layers else "text_pool"
             raise ValueError(
-                f"context_dim: got {self.context_dim} with text_layers {self.text_layers}, expected a multiple of "
-                f"head_dim {self.head_dim}: the layers have heads of that width"
+                f"context_dim: got {self.context_dim} with {got}, expected a multiple of head_dim {self.head_dim}: its "
+                "heads have that width"
             )
         if not self.channels:
             raise ValueError("channels: got an empty list, expected one width per level")
@@ -96,3 +99,10 @@ class PlainUNetConfig(UNetConfig):
 
     expansion: Annotated[float, Range(0)] = 0.0  # hidden width of a block's feed-forward / its width; 0: it has none
     activation: Literal["gelu", "geglu"] = "gelu"  # geglu: two hidden halves, one a gate
+    joined_text: bool = later(False)  # one attention over the map and the text, as Imagen's base; else one each
+    self_attention: bool = later(True)  # false: blocks read the text alone, as Imagen's last super-resolution model
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.joined_text and not (self.context_dim and self.self_attention):
+            raise ValueError("joined_text: got true, expected a context_dim and self_attention to join")

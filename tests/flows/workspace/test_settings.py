@@ -73,7 +73,10 @@ def test_a_setting_with_a_default_can_be_set_where_the_file_leaves_it_out(
         settings.merged(params, {"filter.max_side": 150})
 
 
-@pytest.mark.parametrize("name", ["params.debug.yaml", "params.coco.yaml", "params.scenes.yaml", "params.ddpm.yaml"])
+OVERLAYS = ["params.debug.yaml", "params.coco.yaml", "params.scenes.yaml", "params.ddpm.yaml", "params.imagen.yaml"]
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
 def test_overlays_load_on_top_of_the_settings_and_change_only_what_they_name(
     project: Path, params: Path, name: str
 ) -> None:
