@@ -28,6 +28,7 @@ from raphael.base.config.lora import LoraConfig
 from raphael.base.config.preset import Count, Positive, Share, load_preset
 from raphael.base.config.sampling import Sampling
 from raphael.base.config.systems import DEFAULT, check_fields, find_system, refuse_misplaced
+from raphael.base.config.t5 import T5Config
 from raphael.base.devices import DeviceName
 from raphael.base.strict import LATER, ConfigError, Range, later, load, read_yaml, to_dict
 
@@ -182,23 +183,6 @@ class AutoencoderConfig:
 
 
 NO_TEXT = "none"  # of clip.pretrained: no text encoder, for a system that reads no text
-
-
-@dataclass(frozen=True)
-class T5Config:
-    """A T5 that is trained here, on captions alone (raphael/encoders/t5)."""
-
-    width: Count = 128
-    heads: Count = 4
-    hidden: Count = 256  # of its feed-forwards
-    layers: Count = 2  # of the encoder; the decoder, which is thrown away, has one
-    vocabulary: Annotated[int, Range(64)] = 512  # pieces at most, of the unigram tokenizer
-    corrupted_share: Annotated[float, Range(0.01, 0.9)] = 0.3  # of a caption's tokens; T5's 0.15 is of 512
-    mean_span: Annotated[float, Range(1)] = 2.0  # tokens
-
-    def __post_init__(self) -> None:
-        if self.width % self.heads:
-            raise ValueError(f"width: got {self.width}, expected a multiple of heads {self.heads}")
 
 
 @dataclass(frozen=True)
