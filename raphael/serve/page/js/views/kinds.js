@@ -66,7 +66,7 @@ export const KINDS = [
     prompt: "a red heart on white",
     fields: [
       { name: "target", label: "Prompt after the edit", kind: "prompt", start: "a green heart on white" },
-      { ...STAYS, start: 0.8 },
+      { ...STAYS, start: 1, hint: `${STAYS.hint} All for another colour, fewer for another shape.` },
       BLEND,
     ],
   },
