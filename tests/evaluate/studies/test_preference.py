@@ -104,7 +104,7 @@ def test_the_page_is_answered_by_keyboard_in_a_real_browser_and_remembers(study,
         pytest.skip("no chromium on PATH: the page is not driven in a browser")
     page = (study / "index.html").read_text(encoding="utf-8")
     (study / "driven.html").write_text(page.replace("</body>", HARNESS + "</body>"), encoding="utf-8")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--virtual-time-budget=8000"]
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--virtual-time-budget=60000"]
     command = [
         browser,
         *options,
