@@ -40,8 +40,8 @@ class Parts:
 
     encode: texts -> Condition; decode: scaled latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1];
     latent_shape: (C, h, w) of one image. guide: texts -> what wraps the denoiser of images of them, None: nothing does.
-    then: of a cascade, what makes of the first network's images (B, C, h, w) of
-    an order those that are decoded (raphael/diffusion/cascade.py); None: there is one network.
+    then: of a cascade, what makes of the first network's images (B, C, h, w) of an order those that are decoded
+    (raphael/diffusion/cascade.py); None: there is one network.
     """
 
     unet: UNet

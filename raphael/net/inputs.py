@@ -44,10 +44,18 @@ def known_picture(x0: Tensor, known: Tensor) -> Tensor:
     return torch.cat([known.to(x0), x0 * known.to(x0)], dim=1)
 
 
-def check_inputs(config: UNetConfig, x: Tensor, condition: Condition) -> None:
-    """Raises ValueError where the condition tells what the network does not read, or not what it needs, or in another
-    shape. A vector and a level may be missing: that is the vector 0, and nothing told of the level; an inpainting
-    network's picture, too: nothing is known. Tokens may be of several contexts, one behind another."""
+def check_inputs(config: UNetConfig, x: Tensor, t: Tensor, condition: Condition) -> None:
+    """Raises ValueError where x or t has another shape, or the condition tells what the network does not read, or not
+    what it needs, or in another shape. A vector and a level may be missing: that is the vector 0, and nothing told of
+    the level; an inpainting network's picture, too: nothing is known. Tokens may be of several contexts, one behind
+    another."""
+    channels, factor = config.latent_channels, config.multiple
+    if x.dim() != 4 or x.shape[1] != channels or x.shape[2] % factor or x.shape[3] % factor:
+        raise ValueError(
+            f"x: got shape {tuple(x.shape)}, expected (B, {channels}, h, w) with h and w multiples of {factor}"
+        )
+    if tuple(t.shape) != (len(x),):
+        raise ValueError(f"t: got shape {tuple(t.shape)}, expected (B,) = ({len(x)},)")
     may_miss = ("vector", "level", "picture") if config.inpainting else ("vector", "level")
     length = config.context_length
     if condition.tokens is not None and length:

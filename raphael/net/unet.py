@@ -214,14 +214,7 @@ class UNet(nn.Module):
         return self.text_embedding(torch.cat([mean, last], dim=-1))
 
     def _check(self, x: Tensor, t: Tensor, condition: Condition) -> None:
-        channels, factor = self.config.latent_channels, self.config.multiple
-        if x.dim() != 4 or x.shape[1] != channels or x.shape[2] % factor or x.shape[3] % factor:
-            raise ValueError(
-                f"x: got shape {tuple(x.shape)}, expected (B, {channels}, h, w) with h and w multiples of {factor}"
-            )
-        if tuple(t.shape) != (len(x),):
-            raise ValueError(f"t: got shape {tuple(t.shape)}, expected (B,) = ({len(x)},)")
-        check_inputs(self.config, x, condition)
+        check_inputs(self.config, x, t, condition)
         if condition.control is not None:
             check_control(condition.control, self.control_shapes(*x.shape[2:]), len(x))
 
