@@ -75,7 +75,7 @@ def reconstruct(pipeline: Pipeline, image: np.ndarray, prompt: str, how: How = H
     session = Session(pipeline, for_pictures(pipeline, how))
     start, cond = start_of(session, image, prompt), session.condition(prompt)
     cured = session.draw(cond, start=start, negative_prompt=prompt)
-    plain = session.draw(cond, start=start)
+    plain = session.draw(cond, start=start, aside=True)
     (known,) = split(session.decode(session.latents_of(image).expand_as(start)), 1)
     facts = session.facts("reconstruct", prompt=prompt)
     labels = ("the picture", "inverted, guided from its own prompt", "inverted, guided from the empty one")

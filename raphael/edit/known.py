@@ -60,7 +60,7 @@ def image_to_image(
     # from the first step on nothing of the picture is told, though some schedules end short of pure noise
     start = noised(latents, session.noise().start(), float(session.sigmas[first])) if first else None
     drawn = session.draw(cond, start=start, first=first)
-    without = drawn if first == 0 else session.draw(cond)
+    without = drawn if first == 0 else session.draw(cond, aside=True)
     facts = session.facts("image-to-image", prompt=prompt, strength=strength)
     labels = ("the picture", f"strength {strength:g}", "from noise alone")
     return Edited(_each(image, session), session.decode(drawn), session.decode(without), labels, facts)
@@ -99,7 +99,7 @@ def inpaint(
     start = noised(x0, session.noise().start(), float(session.sigmas[first])) if first else None
     drawn = session.decode(session.draw(shown_to, wrap, start=start, first=first))
     result = pasted(image, drawn, mask, feather_px)
-    without = session.decode(session.draw(cond))
+    without = session.decode(session.draw(cond, aside=True))
     share = round(float(mask.mean()), 6)
     told = {"feather_px": feather_px, "strength": strength, "drawn_share": share, "picture_in_input": sees}
     facts = session.facts("inpaint", prompt=prompt, **told)

@@ -120,7 +120,7 @@ def arranged(session: Session, cond: Condition, painted: Tensor, steps: int) -> 
     for eps in found:
         recorder = MapRecorder()
         last = lambda step, *seen: step + 1 >= steps  # noqa: E731
-        plain.draw(cond.with_hooks(recorder.hooks), start=eps, callback=last)
+        plain.draw(cond.with_hooks(recorder.hooks), start=eps, callback=last, aside=True)
         maps_nhwN = recorder.mean()[..., owned]
         region_hwN = F.adaptive_avg_pool2d(painted[owned], maps_nhwN.shape[1:3]).permute(1, 2, 0).to(maps_nhwN)
         inside = (maps_nhwN * region_hwN).sum((1, 2)) / maps_nhwN.sum((1, 2)).clamp(min=1e-12)

@@ -7,7 +7,8 @@ Row i of a group belongs to row i of the others and to nothing else.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,23 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Wrap = Callable[[Denoiser], Denoiser]
+Onlooker = Callable[["Session", float, Tensor], None]  # (session, sigma, x_0 (rows, C, h, w)) after each step
 ROUNDED = 1e-3  # timesteps are whole numbers: a step's progress is off by up to half of 1/T
+
+_onlooker: ContextVar[Onlooker | None] = ContextVar("onlooker", default=None)
+
+
+@contextlib.contextmanager
+def looking_on(onlooker: Onlooker) -> Iterator[None]:
+    """Inside, and in this thread alone, it is shown the estimates of whatever edit draws.
+
+    Of a context and no argument, for edits draw several times and none of their functions has a use for it.
+    """
+    before = _onlooker.set(onlooker)
+    try:
+        yield
+    finally:
+        _onlooker.reset(before)
 
 
 @dataclass(frozen=True)
@@ -142,11 +159,13 @@ class Session:
         first: int = 0,
         negative_prompt: str | None = None,
         callback: Callback | None = None,
+        aside: bool = False,
     ) -> Tensor:
         """Latents (rows of cond, C, h, w).
 
         start: what sampling starts from, of variance 1 (`sample`); None: the seeds' own noise. first: the step to
-        start at; after the last one there is nothing to do and the start is returned.
+        start at; after the last one there is nothing to do and the start is returned. aside: it is not what the edit is
+        about, so nobody is shown it while it is drawn (`looking_on`).
         """
         noise = self.noise(cond.num_rows // self.count)
         start = noise.start() if start is None else start
@@ -155,7 +174,27 @@ class Session:
         with self.asking():
             denoiser = self.denoiser(wrap, negative_prompt)
             later = lambda step: noise(first + step)  # noqa: E731
-            return sample(self.settings, denoiser, start, self.sigmas[first:], cond, later, callback)
+            return sample(
+                self.settings,
+                denoiser,
+                start,
+                self.sigmas[first:],
+                cond,
+                later,
+                callback if aside else self._shown(callback),
+            )
+
+    def _shown(self, callback: Callback | None) -> Callback | None:
+        """The callback, the estimates shown before it to whoever looks on."""
+        onlooker = _onlooker.get()
+        if onlooker is None:
+            return callback
+
+        def both(step: int, sigma: float, x: Tensor, x0: Tensor) -> bool | None:
+            onlooker(self, sigma, x0)
+            return callback(step, sigma, x, x0) if callback else None
+
+        return both
 
     def decode(self, latents: Tensor) -> np.ndarray:
         """-> uint8 (n, H, W, 3)."""

@@ -14,7 +14,7 @@ import torch
 from raphael.base.config.sampling import Sampling
 from raphael.diffusion.samplers import SAMPLERS
 from raphael.diffusion.sampling import decode_images
-from raphael.edit.run import How
+from raphael.edit.run import How, Session, looking_on
 from raphael.encoders.weighted import cut_prompts
 from raphael.generate.metadata import Made, batch_of, chunk
 from raphael.serve import edits, inside
@@ -40,7 +40,8 @@ class Watch(Protocol):
         """The network is about to be asked once more."""
 
     def step(self, done: int, sigma: float | None, previews: Callable[[], list[str]]) -> None:
-        """So many steps are done. previews: the estimate of each image as a data URI; costs a decoding if called."""
+        """So many steps are done; told again where only the previews are new. previews: the estimate of each image, of
+        an edit all rows that it draws at one time, as a data URI; costs a decoding if called."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def perform(served: Served, task: Task, watch: Watch) -> dict[str, Any]:
     started_s = time.perf_counter()
     act = {IMAGES: _generate, INSIDE: _inspect}.get(task.kind, _edit)
     try:
-        with cut_prompts() as warnings, _attended(served.pipeline.unet, watch, tell=task.kind != IMAGES):
+        with cut_prompts() as warnings, _attended(served.pipeline.unet, watch, task.kind):
             answer = act(served, task, watch)
     except ValueError as error:  # ConfigError, too
         raise of_value_error(error, type(task.body).model_fields) from None
@@ -137,20 +138,33 @@ def _settings(served: Served, task: Task) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _attended(unet: torch.nn.Module, watch: Watch, tell: bool) -> Iterator[None]:
+def _attended(unet: torch.nn.Module, watch: Watch, kind: str) -> Iterator[None]:
     """Inside, the watch is told of every evaluation of the network before it is made: where a job can end early,
-    whatever draws. tell: also as steps, where nothing else tells of them."""
-    done = 0
+    whatever draws. What is no images tells of it as a step, too; an edit's last estimates stay its previews until its
+    next ones, since more than one evaluation may lie between."""
+    done, sigma, shown = 0, None, []
 
     def before(*_: Any) -> None:
         nonlocal done
         watch.evaluation()
-        if tell:
+        if kind != IMAGES:
             done += 1
-            watch.step(done, None, list)
+            watch.step(done, sigma, lambda: shown)
+
+    def drawn(session: Session, its_sigma: float, x0: torch.Tensor) -> None:
+        nonlocal sigma
+        sigma = its_sigma
+
+        def previews() -> list[str]:
+            nonlocal shown
+            shown = [data_uri(png(image)) for image in session.decode(x0)]
+            return shown
+
+        watch.step(done, sigma, previews)
 
     handle = unet.register_forward_pre_hook(before)
     try:
-        yield
+        with looking_on(drawn):
+            yield
     finally:
         handle.remove()
