@@ -50,12 +50,15 @@ def prepare_environment() -> None:
         "RAY_agent_register_timeout_ms": "120000",
         "RAY_worker_niceness": "0",  # 15 by default: whatever else this machine does would come before the training
         "RAY_TRAIN_METRICS_ENABLED": "0",
+        # a process more, five seconds of a core, to ask whether a cloud takes this machine back
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_DEDUP_LOGS": "0",
         "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
     }
     if os.environ.get("RAY_ADDRESS"):
         del defaults["GLOO_SOCKET_IFNAME"], defaults["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"]
+        del defaults["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"]
     os.environ[MARK] = secrets.token_hex(16)
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

@@ -23,6 +23,7 @@ from typing import Any
 
 from raphael.base.ray_cluster import kill_actors_here, prepare_environment, reason, start, stop
 from raphael.base.stage import StageError
+from raphael.train.distributed.lean_ray import lean
 from raphael.train.stopping import ASKED, StopRequest
 
 POLL_S = 0.5
@@ -216,7 +217,7 @@ def _trainer(work: Callable[[Any, Any], Any], job: Any, group: Group) -> Any:
     cluster = group.cluster
     settings = {"work": work, "job": job, "threads": threads_per_worker(cluster), "use_gpu": cluster.use_gpu}
     settings |= {"failure": group.given_up, "fence": group.fence, "token": group.token}
-    return TorchTrainer(
+    return lean(TorchTrainer)(
         _in_worker,
         train_loop_config=settings,
         torch_config=TorchConfig(
