@@ -3,7 +3,8 @@
 A controller of Ray Train 2.60 starts, beside the workers, actors that hold data sets, tidy up placement groups after a
 controller's death, watch for machines that a cloud takes back, and ask an autoscaler for room. Each is a process that
 imports Ray anew (3 to 5 s of a core) while the workers do the same, and the workers wait for the last one. On a Ray of
-our own, which ends with its training and has one machine, none has anything to do; on a cluster only data sets have not.
+our own, which ends with its training and has one machine, none has
+anything to do; on a cluster only data sets have not.
 
 The hooks are Ray's private ones. Where a Ray no longer has these names, nothing changes but the seconds.
 """
