@@ -2,6 +2,10 @@
 
     serve run cluster/serve.yaml          on a running Ray
 
+With `together` above 1 a replica samples waiting requests of equal settings as one batch: more images a second where a
+batch is cheaper than its rows, as on a GPU. An image's last bits then depend on who asks beside it; a retried job's
+do, too.
+
 The front is `create_app`; its threads hand each task to a replica and wait. A replica that dies under a task loses
 nothing: the task goes to another one with its seed, and gives the same bytes. The front is one process: what waits in
 it ends with it.
@@ -21,19 +25,20 @@ from typing import Any
 from raphael.base import devices
 from raphael.base.cores.threads import wait_passively
 from raphael.base.stage import StageError
-from raphael.base.strict import load
+from raphael.base.strict import later, load
 from raphael.base.web.door import own_names
 from raphael.serve.app import Settings, create_app
 from raphael.serve.door.access import read_token
 from raphael.serve.door.problems import Problem
 from raphael.serve.info import Catalogue, ModelInfo
 from raphael.serve.jobs import Limits
-from raphael.serve.models import open_models
+from raphael.serve.models import Served, open_models
 from raphael.serve.server import local_perform, warm
-from raphael.serve.work import Stopped, Task, Watch
+from raphael.serve.work import Stopped, Task, Watch, equal, perform_together
 
 log = logging.getLogger("raphael.serve")
 ATTEMPTS = 10  # of a task whose replica is lost: more often than that is no accident
+MOST_TOGETHER = 50  # images, as a pipeline samples at one time
 PAUSE_S = 0.5
 LOOK_S = 0.25  # how often a front that waits for a replica looks whether the job is still wanted
 EVALUATION, STEP, DONE, PROBLEM = "evaluation", "step", "done", "problem"
@@ -42,7 +47,8 @@ EVALUATION, STEP, DONE, PROBLEM = "evaluation", "step", "done", "problem"
 @dataclass(frozen=True)
 class Replicas:
     """The `args` of cluster/serve.yaml. gpus: of each replica. names: HOST:PORT by which the proxy is asked, beside
-    loopback's; with any, RAPHAEL_SERVE_TOKEN has to be set where the front runs. port: the proxy's."""
+    loopback's; with any, RAPHAEL_SERVE_TOKEN has to be set where the front runs. port: the proxy's. together: images
+    that requests of equal settings may share a batch for; 1: none, and the same request gives the same bytes."""
 
     checkpoints: tuple[str, ...]
     replicas: int
@@ -54,10 +60,18 @@ class Replicas:
     names: tuple[str, ...] = ()
     queue: int = 32
     seconds: float = 120.0
+    together: int = later(1)
 
     def __post_init__(self) -> None:
         if self.replicas < 1 or not self.checkpoints:
             raise ValueError(f"replicas: got {self.replicas} of {list(self.checkpoints)}, expected 1 or more of some")
+        if not 1 <= self.together <= MOST_TOGETHER:
+            raise ValueError(f"together: got {self.together}, expected 1 to {MOST_TOGETHER} images")
+
+    @property
+    def at_one_time(self) -> int:
+        """Requests that a replica is given: those of the batch that it draws, and as many that wait at its side."""
+        return 2 * self.together
 
 
 def build(args: dict[str, Any]) -> Any:
@@ -69,7 +83,7 @@ def build(args: dict[str, Any]) -> Any:
     painter = serve.deployment(Painter).options(
         name="painter",
         num_replicas=asked.replicas,
-        max_ongoing_requests=2,  # one draws, one waits at its side
+        max_ongoing_requests=asked.at_one_time,
         ray_actor_options=resources,
         health_check_period_s=2,
     )
@@ -87,8 +101,7 @@ class Painter:
         wait_passively()
         self.models = open_models(asked.checkpoints, devices.resolve(asked.device), asked.precision)
         warm(self.models)
-        self.perform = local_perform(self.models)
-        self.busy = threading.Lock()
+        self.perform = Together(self.models, asked.together)
 
     def infos(self) -> list[ModelInfo]:
         return [served.info for served in self.models.values()]
@@ -114,17 +127,88 @@ class Painter:
             watch.stop.set()
 
     def _work(self, task: Task, watch: _Telling) -> None:
-        with self.busy:
-            try:
-                watch.evaluation()
-                watch.tell(DONE, self.perform(task, watch))
-            except Stopped:
-                watch.tell(PROBLEM, Problem(409, "the job was cancelled").told())
-            except Problem as problem:
-                watch.tell(PROBLEM, problem.told())
-            except Exception:
-                log.exception("a task of %s failed", task.kind)
-                watch.tell(PROBLEM, Problem(500, "an error of the server; its log has more").told())
+        try:
+            watch.tell(DONE, self.perform(task, watch))
+        except Stopped:
+            watch.tell(PROBLEM, Problem(409, "the job was cancelled").told())
+        except Problem as problem:
+            watch.tell(PROBLEM, problem.told())
+        except Exception:
+            log.exception("a task of %s failed", task.kind)
+            watch.tell(PROBLEM, Problem(500, "an error of the server; its log has more").told())
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """A task at a replica. key: what it may share a batch by; None: it is drawn alone. outcome: once it is done."""
+
+    task: Task
+    watch: Watch
+    key: tuple | None
+    outcome: dict[str, Any] | Exception | None = None
+
+
+class Together:
+    """Does tasks of many threads one after the other; with most above 1, those of equal settings that wait at the same
+    time as one batch of up to so many images."""
+
+    def __init__(self, models: dict[str, Served], most: int = 1):
+        self.models, self.most = models, most
+        self.alone = local_perform(models)
+        self.waiting: list[_Waiting] = []
+        self.turn = threading.Condition()
+        self.busy = False
+
+    def __call__(self, task: Task, watch: Watch) -> dict[str, Any]:
+        """Raises Problem, Stopped, and whatever else the work raises."""
+        one = _Waiting(task, watch, equal(self.models[task.model], task) if self.most > 1 else None)
+        with self.turn:
+            self.waiting.append(one)
+            self.turn.wait_for(lambda: one.outcome is not None or not self.busy)
+            mates = [] if one.outcome is not None else self._mates(one)
+            self.busy = self.busy or bool(mates)
+        if mates:
+            self._draw(mates)
+        if isinstance(one.outcome, Exception):
+            raise one.outcome
+        assert one.outcome is not None
+        return one.outcome
+
+    def _mates(self, one: _Waiting) -> list[_Waiting]:
+        """That one and who may be drawn with it, in the order in which they came; they wait no more."""
+        mates, images = [one], one.task.body.n
+        for other in self.waiting:
+            if other is not one and one.key is not None and other.key == one.key:
+                if images + other.task.body.n <= self.most:
+                    mates.append(other)
+                    images += other.task.body.n
+        self.waiting = [other for other in self.waiting if other not in mates]
+        return mates
+
+    def _draw(self, mates: list[_Waiting]) -> None:
+        outcomes: list[Any]
+        try:
+            if len(mates) > 1:
+                served = self.models[mates[0].task.model]
+                outcomes = perform_together(served, [one.task for one in mates], [one.watch for one in mates])
+            else:
+                mates[0].watch.evaluation()
+                outcomes = [self.alone(mates[0].task, mates[0].watch)]
+        except ValueError:  # of one's words, and nobody knows whose: each alone is told of its own
+            outcomes = [self._by_itself(one) for one in mates]
+        except Exception as error:
+            outcomes = [error] * len(mates)
+        with self.turn:
+            for one, outcome in zip(mates, outcomes, strict=True):
+                one.outcome = outcome
+            self.busy = False
+            self.turn.notify_all()
+
+    def _by_itself(self, one: _Waiting) -> dict[str, Any] | Exception:
+        try:
+            return self.alone(one.task, one.watch)
+        except Exception as error:
+            return error
 
 
 class Front:
@@ -138,8 +222,8 @@ class Front:
         self.catalogue = Catalogue(tuple(await painter.infos.remote()))
         hosts = (*own_names(asked.port), *asked.names)
         limits = Limits(asked.queue, asked.seconds)
-        # two for each replica: while one draws, the next is at its side
-        self.settings = Settings(hosts, token, limits, workers=2 * asked.replicas)
+        # while a replica draws, what comes next is at its side
+        self.settings = Settings(hosts, token, limits, workers=asked.at_one_time * asked.replicas)
         self.perform = remote_perform(painter)
 
     def __serve_build_asgi_app__(self) -> Any:

@@ -4,6 +4,7 @@ a thread and a replica on another machine do it alike."""
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,17 +14,18 @@ import torch
 
 from raphael.base.config.sampling import Sampling
 from raphael.diffusion.samplers import SAMPLERS
-from raphael.diffusion.sampling import decode_images
+from raphael.diffusion.sampling import decode_images, encode_texts
 from raphael.edit.run import How, Session, looking_on
 from raphael.encoders.weighted import cut_prompts
 from raphael.generate.metadata import Made, batch_of, chunk
 from raphael.serve import edits, inside
 from raphael.serve.bodies import ImagesBody, SamplingBody
-from raphael.serve.door.problems import of_value_error
+from raphael.serve.door.problems import Problem, of_value_error
 from raphael.serve.images import b64, data_uri, png
 from raphael.serve.info import told_sampling
 
 if TYPE_CHECKING:
+    from raphael.diffusion.sampling import Parts
     from raphael.serve.models import Served
 
 IMAGES, INSIDE, EDIT = "images", "inside", "edits/"
@@ -109,6 +111,95 @@ def _generate(served: Served, task: Task, watch: Watch) -> dict[str, Any]:
         made = Made(pipeline.identity, body.seed, first, index - first, batch, body.negative_prompt, how, size)
         answers.append({"index": index, "seed": body.seed, "b64_png": b64(png(image, chunk(made)))})
     return {"images": answers}
+
+
+def perform_together(served: Served, tasks: list[Task], watches: list[Watch]) -> list[dict[str, Any] | Exception]:
+    """The answers to requests of images with equal settings (`equal`), sampled as one batch; in the place of an answer
+    the Problem or Stopped that ended its task alone. Raises ValueError for what the model refuses of one of them.
+
+    Beside others an image has other last bits than alone, so its PNG tells of itself and of no neighbour: those are
+    somebody else's words.
+    """
+    pipeline, how, first = served.pipeline, served.info.sampling(tasks[0].body), tasks[0].body
+    crowd, started_s = Crowd(watches, [task.body.n for task in tasks]), time.perf_counter()
+    parts = pipeline.parts(first.height, first.width, pipeline.reader(how))
+    warned = [_cut(parts, task.body.prompt) for task in tasks]  # each is told of its own words alone
+    try:
+        with cut_prompts(), _attended(pipeline.unet, crowd, IMAGES):
+            images = pipeline(
+                [task.body.prompt for task in tasks for _ in range(task.body.n)],
+                first.negative_prompt or None,
+                sampling=how,
+                seed=[(task.body.seed, number) for task in tasks for number in range(task.body.n)],
+                height=first.height,
+                width=first.width,
+                callback=lambda step, sigma, x, x0: crowd.drawn(
+                    step + 1, sigma, lambda rows: [data_uri(png(image)) for image in decode_images(parts, x0[rows])]
+                ),
+            ).images
+    except AllEnded:
+        return list(crowd.ended)
+    seconds = {"generate": round(time.perf_counter() - started_s, 4)}
+    answers: list[dict[str, Any] | Exception] = []
+    for task, rows, warnings, ended in zip(tasks, crowd.rows, warned, crowd.ended, strict=True):
+        told, seed, own = [], task.body.seed, (task.body.prompt,)
+        for number, image in enumerate(images[rows]):
+            size = (image.height, image.width)
+            made = Made(pipeline.identity, seed, number, 0, own, first.negative_prompt, how, size)
+            told.append({"index": number, "seed": seed, "b64_png": b64(png(image, chunk(made)))})
+        answer = {"model": task.model, "images": told, "settings": _settings(served, task), "warnings": warnings}
+        answers.append(ended or {**answer, "seconds": seconds})
+    return answers
+
+
+def _cut(parts: Parts, prompt: str) -> list[str]:
+    """What is told of a prompt that is too long."""
+    with cut_prompts() as warnings:
+        encode_texts(parts, [prompt])
+    return warnings
+
+
+def equal(served: Served, task: Task) -> tuple | None:
+    """What requests that may be sampled together have in common; None of what is drawn alone."""
+    body = task.body
+    if task.kind != IMAGES or not isinstance(body, ImagesBody):
+        return None
+    return task.model, served.info.sampling(body), body.negative_prompt, body.height, body.width
+
+
+class AllEnded(Exception):  # noqa: N818  no error of its own
+    """Nobody waits for this batch any more."""
+
+
+class Crowd:
+    """The Watch of one batch of several tasks. What ends one of them (its watch raises) is kept in `ended` and spoils
+    nothing for the others; once all have ended, so does the batch."""
+
+    def __init__(self, watches: list[Watch], counts: list[int]):
+        self.watches = watches
+        self.ended: list[Exception | None] = [None] * len(watches)
+        ends = list(itertools.accumulate(counts))
+        self.rows = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+
+    def evaluation(self) -> None:
+        self._each(lambda watch, rows: watch.evaluation())
+
+    def step(self, done: int, sigma: float | None, previews: Callable[[], list[str]]) -> None:
+        self.drawn(done, sigma, lambda rows: previews()[rows])
+
+    def drawn(self, done: int, sigma: float | None, previews: Callable[[slice], list[str]]) -> None:
+        """A step. previews: of those rows."""
+        self._each(lambda watch, rows: watch.step(done, sigma, lambda: previews(rows)))
+
+    def _each(self, tell: Callable[[Watch, slice], None]) -> None:
+        for place, (watch, rows) in enumerate(zip(self.watches, self.rows, strict=True)):
+            if self.ended[place] is None:
+                try:
+                    tell(watch, rows)
+                except (Stopped, Problem) as ending:
+                    self.ended[place] = ending
+        if all(self.ended):
+            raise AllEnded
 
 
 def _inspect(served: Served, task: Task, watch: Watch) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from raphael.systems.request import (
     chosen_sampling,
     default_size,
     read_images,
+    read_seeds,
     read_words,
     refuse_unknown,
     size_of,
@@ -190,7 +191,7 @@ class Pipeline(Adaptable):
         guidance_weight: float | None = None,
         image: Images | None = None,
         strength: float = 0.8,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         generator: Generators | None = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | Condition | None = None,
@@ -210,8 +211,9 @@ class Pipeline(Adaptable):
     ) -> PipelineOutput | tuple:
         """Generate num_images_per_prompt images for every prompt; those of one prompt lie side by side in `.images`.
 
-        docs/guides/generate.md tells of every argument. Image i depends on (seed, i) and its prompt, not on the others.
-        Raises ValueError for what does not fit, TypeError for an argument that there is not.
+        docs/guides/generate.md tells of every argument. Image i depends on (seed, i), of a list of seeds on the i-th as
+        if it stood alone, and on its prompt. Raises ValueError for what does not fit, TypeError for an argument that
+        there is not.
         """
         refuse_unknown(unknown, type(self).__call__)
         given = Embedded(prompt_embeds, prompt_attention_mask)
@@ -225,7 +227,7 @@ class Pipeline(Adaptable):
         parts = guided(self, parts, guidance, guidance_weight)
         watch = watching(self, callback_on_step_end, callback_on_step_end_tensor_inputs, callback)
         origin = self._origin(pictures, parts, strength, num_images_per_prompt)
-        start = Start(seed, generator, latents)
+        start = Start(read_seeds(seed), generator, latents)
         job = Job(parts, words, start, how, options, (timesteps, sigmas), watch, origin)
         result = self.generate(job, output_type, collect, progress)
         return result if return_dict else (result.images,)

@@ -112,16 +112,36 @@ def read_words(
     return Words(prompts, negatives, given, given_null)
 
 
+def read_seeds(seed: Any) -> int | tuple[ImageSeed, ...]:
+    """A whole number for all images, or for each a whole number or (seed, number). Raises ValueError."""
+    if isinstance(seed, Sequence) and not isinstance(seed, str):
+        pairs = [tuple(one) if isinstance(one, Sequence) and not isinstance(one, str) else (one, 0) for one in seed]
+        if all(len(pair) == 2 and all(_whole(number) for number in pair) for pair in pairs):
+            return tuple((int(own), int(number)) for own, number in pairs)
+    elif _whole(seed):
+        return int(seed)
+    raise ValueError(f"seed: got {seed!r}, expected a whole number, or one for each image")
+
+
+def _whole(number: Any) -> bool:
+    return isinstance(number, (int, np.integer)) and not isinstance(number, bool)
+
+
 @dataclass(frozen=True)
 class Start:
-    """Where the noise comes from: of (seed, number of the image), or of generators, and what it begins from."""
+    """Where the noise comes from: of (seed, number of the image), or of generators, and what it begins from.
 
-    seed: int
+    seed: of all images, or (seed, number) of each.
+    """
+
+    seed: int | tuple[ImageSeed, ...]
     generator: Generators | None
     latents: Tensor | None
 
     def check(self, count: int, shape: tuple[int, ...]) -> None:
-        """Raises ValueError for generators or latents of another number or shape than the images'."""
+        """Raises ValueError for seeds, generators or latents of another number or shape than the images'."""
+        if not isinstance(self.seed, int) and len(self.seed) != count:
+            raise ValueError(f"seed: got {len(self.seed)}, expected one, or one for each of {count} images")
         if isinstance(self.generator, (list, tuple)) and len(self.generator) != count:
             raise ValueError(f"generator: got {len(self.generator)}, expected one, or one for each of {count} images")
         if self.latents is not None and tuple(self.latents.shape) != (count, *shape):
@@ -129,12 +149,12 @@ class Start:
             raise ValueError(f"latents: got shape {got}, expected {(count, *shape)}, standard normal")
 
     def seeds(self, count: int) -> list[ImageSeed]:
-        return [(self.seed, index) for index in range(count)]
+        return [(self.seed, index) for index in range(count)] if isinstance(self.seed, int) else list(self.seed)
 
     def of(self, part: range, shape: tuple[int, ...], device: torch.device) -> BatchNoise:
         """The noise of those images."""
         if self.generator is None:
-            noise: BatchNoise = ImageNoise([(self.seed, index) for index in part], shape, device)
+            noise: BatchNoise = ImageNoise(self.seeds(part.stop)[part.start : part.stop], shape, device)
         else:
             noise = GeneratorNoise(self.generators(part), len(part), shape, device)
         if self.latents is None:
@@ -147,7 +167,7 @@ class Start:
             return list(self.generator[part.start : part.stop])
         if self.generator is not None:
             return self.generator
-        return [torch.Generator().manual_seed(_number(self.seed, index)) for index in part]
+        return [torch.Generator().manual_seed(_number(*own)) for own in self.seeds(part.stop)[part.start : part.stop]]
 
 
 @dataclass(frozen=True)

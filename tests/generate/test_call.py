@@ -70,6 +70,19 @@ def test_a_list_of_generators_makes_each_image_its_own_also_with_noise_in_every_
     np.testing.assert_allclose(both[1], alone[0], atol=1.01 / 255)
 
 
+def test_a_list_of_seeds_makes_each_image_the_first_of_its_own(pipeline):
+    both = drawn(pipeline, ["a ring", "a star"], seed=[3, 4])
+    for row, (prompt, seed) in enumerate((("a ring", 3), ("a star", 4))):
+        np.testing.assert_allclose(both[row], drawn(pipeline, prompt, seed=seed)[0], atol=1.01 / 255)
+    numbered = drawn(pipeline, ["a ring"] * 3, seed=[(3, 0), (3, 1), (3, 2)])
+    assert np.array_equal(numbered, drawn(pipeline, ["a ring"] * 3, seed=3))
+    with pytest.raises(ValueError, match="seed: got 2, expected one, or one for each of 3 images"):
+        drawn(pipeline, ["a"] * 3, seed=[1, 2])
+    for wrong in ("7", 1.5, [1, 2.5], [True]):
+        with pytest.raises(ValueError, match=r"seed: got .*, expected a whole number, or one for each image"):
+            drawn(pipeline, ["a"], seed=wrong)
+
+
 def test_latents_are_where_sampling_begins(pipeline):
     from raphael.diffusion.sampling import ImageNoise
 

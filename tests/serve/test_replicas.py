@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import pickle
@@ -15,15 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from ray.exceptions import ActorDiedError
 
 from raphael.base.ray_cluster import free_ports
 from raphael.base.strict import ConfigError, load
 from raphael.serve import replicas
+from raphael.serve.bodies import ImagesBody
 from raphael.serve.info import Catalogue
-from raphael.serve.replicas import Painter, Replicas, remote_perform
+from raphael.serve.replicas import Painter, Replicas, Together, remote_perform
+from raphael.serve.server import local_perform
+from raphael.serve.work import IMAGES, Stopped, Task
 
 PROJECT = Path(__file__).resolve().parents[2]
 PROGRAM = """
@@ -124,7 +130,79 @@ def test_a_task_whose_replicas_are_lost_again_and_again_fails_at_last(painter, r
     assert answer.status_code == 503 and handle.asked == replicas.ATTEMPTS
 
 
+class Looking:
+    """A Watch that counts, and ends its job at its `last` evaluation."""
+
+    def __init__(self, last: int = 10**9):
+        self.last, self.evaluations, self.previews = last, 0, []
+
+    def evaluation(self) -> None:
+        self.evaluations += 1
+        if self.evaluations >= self.last:
+            raise Stopped
+
+    def step(self, done: int, sigma: Any, previews: Any) -> None:
+        self.previews = previews()
+
+
+def asked(prompt: str, **more: Any) -> Task:
+    return Task(IMAGES, "tiny", ImagesBody(**{"prompt": prompt, "num_inference_steps": 3, **more}))
+
+
+def at_one_time(together: Together, tasks: list[tuple[Task, Looking]]) -> list[Any]:
+    """Their outcomes when all wait for the one turn."""
+    together.busy = True
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        outcomes = [pool.submit(together, task, watch) for task, watch in tasks]
+        while len(together.waiting) < len(tasks):
+            time.sleep(0.01)
+        with together.turn:
+            together.busy = False
+            together.turn.notify_all()
+        return [one.exception(30) or one.result() for one in outcomes]
+
+
+def pixels(answer: dict, number: int = 0) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(answer["images"][number]["b64_png"])))).astype(int)
+
+
+def test_requests_of_equal_settings_share_a_batch_where_that_is_asked_for(tiny):
+    together = Together(tiny.models, most=4)
+    tasks = [asked("a red circle", seed=5, n=2), asked("a blue star", seed=6), asked("a red circle", seed=7)]
+    tasks += [asked("a red circle", seed=8), asked("a heart", seed=9, guidance_scale=9.0)]
+    watches = [Looking() for _ in tasks]
+    evaluations = []
+    handle = tiny.models["tiny"].pipeline.unet.register_forward_pre_hook(lambda *_: evaluations.append(1))
+    try:
+        answers = at_one_time(together, list(zip(tasks, watches, strict=True)))
+    finally:
+        handle.remove()
+    alone = [local_perform(tiny.models)(task, Looking()) for task in tasks]
+    for task, watch, answer, own in zip(tasks, watches, answers, alone, strict=True):
+        assert {**answer, "images": 0, "seconds": 0} == {**own, "images": 0, "seconds": 0}
+        assert len(answer["images"]) == task.body.n == len(watch.previews)
+        for number in range(task.body.n):
+            assert abs(pixels(answer, number) - pixels(own, number)).max() <= 2
+    # whoever came first: four images in one batch, the one that finds no room and the one of other settings alone
+    assert len(evaluations) == 3 * 3
+
+
+def test_of_a_shared_batch_one_may_end_and_none_reads_anothers_words(tiny):
+    together = Together(tiny.models, most=8)
+    watches = [Looking(), Looking(last=2), Looking()]
+    tasks = [asked("a red circle", seed=1), asked("a secret", seed=2), asked("a long word " * 20, seed=3)]
+    first, second, third = at_one_time(together, list(zip(tasks, watches, strict=True)))
+    assert isinstance(second, Stopped) and watches[0].evaluations > 2
+    assert first["warnings"] == [] and third["warnings"]
+    for answer in (first, third):
+        assert b"secret" not in base64.b64decode(answer["images"][0]["b64_png"])
+    ended = at_one_time(together, [(task, Looking(last=1)) for task in tasks])
+    assert all(isinstance(one, Stopped) for one in ended)
+
+
 def test_what_the_cluster_is_told_is_checked():
+    with pytest.raises(ConfigError, match="together: got 51, expected 1 to 50"):
+        load(Replicas, {"checkpoints": ["scenes"], "replicas": 1, "together": 51}, "cluster/serve.yaml", "args")
     with pytest.raises(ConfigError, match="replicas: got 0"):
         load(Replicas, {"checkpoints": ["scenes"], "replicas": 0}, "cluster/serve.yaml", "args")
     with pytest.raises(ConfigError, match="replica"):
