@@ -59,7 +59,7 @@ def run(root: Path, plan: SweepPlan, say: Callable[..., None] = lambda *words: N
     config, home = config_of(plan, root / "params.yaml"), root / "work" / "sweep"
     model = Model.read(find_pipeline(plan.checkpoint, root))
     check_knobs(plan, model)
-    measure = Measure(config, root, home, model, chosen_prompts(plan, model, root / plan.prompts))
+    measure = Measure(config, root, home, model, chosen_prompts(plan, model, root / plan.prompts), plan.metrics)
     sweeper = Sweeper(config, home, measure, plan.keep_pictures)
     trained = [one for folder in workspaces_of(plan, root) if (one := Trained.read(folder, model.system))]
     runs = SweepRuns(config, root, home / "runs.json", plan, model)

@@ -13,7 +13,7 @@ from raphael.base.config.consent import trust_settings
 from raphael.base.config.params import Config, GenerateConfig, load_config
 from raphael.base.config.systems import System, find_system, system_of
 from raphael.base.stage import StageError, file_sha256, read_json
-from raphael.base.strict import ConfigError, Range, load, read_yaml, to_dict
+from raphael.base.strict import ConfigError, Range, later, load, read_yaml, to_dict
 from raphael.evaluate.catalogue import nearest
 from raphael.pretrained.find import find_pipeline
 
@@ -36,6 +36,7 @@ class SweepPlan:
     workspaces: str  # a folder of workspaces with models trained for the figures of experts and T_c; "": none
     speed_steps: Annotated[int, Range(1)]
     keep_pictures: bool
+    metrics: tuple[str, ...] = later(())  # beside those of the sweep protocol, by their names in the catalogue
 
     def __post_init__(self) -> None:
         lists = {"seeds": self.seeds, "guidance_scale": self.guidance_scale}

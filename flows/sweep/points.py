@@ -47,11 +47,21 @@ class Measure:
     """By the sweep protocol of the model's system: its metrics under the names of reports/evaluate.json.
 
     One network scores all points, whichever model generated them: of a model by texts the scoring CLIP of the settings,
-    else `model`'s own.
+    else `model`'s own. more: metrics beside the protocol's.
     """
 
-    def __init__(self, config: Config, root: Path, home: Path, model: Model, prompts: list[dict[str, Any]]):
+    def __init__(
+        self,
+        config: Config,
+        root: Path,
+        home: Path,
+        model: Model,
+        prompts: list[dict[str, Any]],
+        more: tuple[str, ...] = (),
+    ):
         self.config, self.root, self.home, self.model, self.prompts = config, root, home, model, prompts
+        self.more = tuple(name for name in more if name not in self.protocol.metrics)
+        metrics_named(self.more, "metrics of the plan")  # an unknown one is said before anything is generated
 
     @cached_property
     def identity(self) -> str:
@@ -65,6 +75,7 @@ class Measure:
             file_sha256(weights) if weights else "",
             self.reference,
             *([self.protocol.identity] if self.protocol.networks else []),  # sweep/v1 came before there were others
+            *([list(self.more)] if self.more else []),
         ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -124,7 +135,8 @@ class Measure:
     def __call__(self, images: Callable[[], Iterator[np.ndarray]]) -> dict[str, Any]:
         """-> {protocol, n, n_reference, networks, metrics}; with the scene reader's accuracies where prompts have a
         truth."""
-        found = measure(metrics_named(self.protocol.metrics, self.protocol.identity), Point(self, images))
+        wanted = (*self.protocol.metrics, *self.more)
+        found = measure(metrics_named(wanted, self.protocol.identity), Point(self, images))
         shown = [number for number in found.numbers if number.value is not None and metric_of(number.name)]
         score = score_of(found, shown)
         interval = [score.low, score.high] if score.low is not None else [score.value, score.value]

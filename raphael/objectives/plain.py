@@ -23,9 +23,9 @@ Told = Callable[[Mapping[str, Tensor], Tensor | None], Condition]
 class PlainDenoising(nn.Module):
     """unet: a network of (x, t, Condition) with `.prediction`. told(batch, dropped): what it is told of a batch, with
     dropped (B,) bool the samples that it is told nothing of, for classifier-free guidance; None: none. drop: their
-    share. shift: where in time it is trained (`shifted`), 1: uniformly. Latents are the records' means, unscaled:
-    pixels in [-1, 1] where there is no autoencoder. shrink: side of the records' images / side of those that it is
-    trained on, which are means of areas: of a cascade's first network.
+    share. shift: where in time it is trained (`shifted`), 1: uniformly. Latents are (mean - shift) * factor of the
+    records' means, scale = (factor, shift): as they are of pixels in [-1, 1]; an autoencoder has its own. shrink: side
+    of the records' images / side of those that it is trained on, which are means of areas: of a cascade's first network.
     """
 
     def __init__(
@@ -37,8 +37,10 @@ class PlainDenoising(nn.Module):
         drop: float = 0.0,
         shift: float = 1.0,
         shrink: int = 1,
+        scale: tuple[float, float] = (1.0, 0.0),
     ):
         super().__init__()
+        self.scale = scale
         self.unet, self.schedule, self.prediction = unet, noise, prediction
         self.told, self.drop, self.shift, self.shrink = told, drop, shift, shrink
 
@@ -71,7 +73,7 @@ class PlainDenoising(nn.Module):
         return self.told(batch, dropped)
 
     def _x0(self, batch: Mapping[str, Tensor]) -> Tensor:
-        return shrunk(sample_latents(moments_of(batch), 1.0, 0.0, None), self.shrink)
+        return shrunk(sample_latents(moments_of(batch), *self.scale), self.shrink)
 
 
 class Enlarging(PlainDenoising):

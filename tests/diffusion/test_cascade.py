@@ -13,7 +13,7 @@ from torch import nn
 from raphael.base.config.preset import DiffusionConfig
 from raphael.base.config.sampling import Sampling
 from raphael.base.randomness import SampleRng
-from raphael.base.records import PIXELS
+from raphael.base.records import MOMENTS, PIXELS
 from raphael.base.strict import ConfigError, load
 from raphael.diffusion.cascade import Upsampler, augmented, enlarged, shrunk, with_picture
 from raphael.diffusion.image_noise import FromImage, GeneratorNoise, ImageNoise, StartedFrom
@@ -212,6 +212,21 @@ def test_the_losses_of_base_and_upsampler_are_the_formulas() -> None:
     torch.testing.assert_close(condition.level, level * 999)
     heldout = Enlarging(network, noise, Velocity(), told).heldout({PIXELS: pixels}, rng, torch.linspace(0, 0.9, 6))
     assert heldout.shape == (6,) and network.told[-1][2].mask.all()
+
+
+def test_latents_of_an_autoencoder_are_trained_on_as_its_decoder_expects_them() -> None:
+    means = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(3))
+    scaled, as_they_are = (torch.cat([given, torch.zeros_like(given)], 1) for given in (means, (means - 0.5) * 2.0))
+    network, rng = Knowing(lambda x, t, condition: x), SampleRng(0, 0, range(4))
+
+    def nothing(batch, dropped) -> Condition:
+        return Condition()
+
+    losses = [
+        PlainDenoising(network, noise_of(COSINE), Velocity(), nothing, scale=scale)({MOMENTS: moments}, rng)["loss"]
+        for moments, scale in ((scaled, (2.0, 0.5)), (as_they_are, (1.0, 0.0)))
+    ]
+    torch.testing.assert_close(*losses)
 
 
 def test_a_picture_is_told_beside_the_text_and_replaces_hooks_of_the_first_network() -> None:

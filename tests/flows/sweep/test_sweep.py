@@ -19,6 +19,7 @@ from flows.sweep import results as sweep_results
 from flows.sweep.flow import run
 from flows.sweep.page import render
 from flows.sweep.plan import PLAN, Model, SweepPoint, check_knobs, chosen_prompts, config_of, load_plan
+from flows.sweep.points import Measure
 from flows.sweep.trained import Trained, series_over
 from flows.workspace import settings
 from raphael.base.config.params import load_config
@@ -336,6 +337,22 @@ def test_the_plans_that_train_for_a_figure_load_and_their_arms_differ_in_what_it
 def test_what_a_plan_gets_wrong_is_named(tmp_path, changes, says):
     with pytest.raises(ConfigError, match=says):
         plan_of(tmp_path, **changes)
+
+
+def test_a_plan_may_name_metrics_beside_the_protocols_and_points_made_without_them_are_others(root, tmp_path):
+    plan = plan_of(tmp_path, metrics=["precision_recall"])
+    config, model = config_of(plan, root / "params.yaml"), Model.read(root / "models/raphael")
+    prompts = chosen_prompts(plan, model, root / "data/source/prompts.json")
+    plain, known, more = (
+        Measure(config, root, tmp_path, model, prompts, names) for names in ((), ("clip_score",), plan.metrics)
+    )
+    assert plain.identity == known.identity != more.identity
+    images = np.random.default_rng(1).integers(0, 256, (NUM_IMAGES, 32, 32, 3), np.uint8)
+    found, without = (one(lambda: iter(images))["metrics"] for one in (more, plain))
+    assert found.items() > without.items()
+    assert {name.split("_")[0] for name in found.keys() - without.keys()} == {"precision", "recall"}
+    with pytest.raises(ConfigError, match="metrics of the plan: got 'precision_recal', did you mean precision_recall"):
+        Measure(config, root, tmp_path, model, prompts, ("precision_recal",))
 
 
 def test_too_few_prompts_or_no_model_are_one_clear_line(root, tmp_path):
