@@ -25,7 +25,7 @@ class PlainDenoising(nn.Module):
     dropped (B,) bool the samples that it is told nothing of, for classifier-free guidance; None: none. drop: their
     share. shift: where in time it is trained (`shifted`), 1: uniformly. Latents are (mean - shift) * factor of the
     records' means, scale = (factor, shift): as they are of pixels in [-1, 1]; an autoencoder has its own. shrink: side
-    of the records' images / side of those that it is trained on, which are means of areas: of a cascade's first network.
+    of the records' images / side of those that it is trained on, means of areas: of a cascade's first network.
     """
 
     def __init__(

@@ -1,17 +1,34 @@
-"""What may be asked: every body, field by field, with its range. What is not here is refused by its name."""
+"""What may be asked: every body, field by field, with its range. What is not here is refused by its name.
+
+How to sample are the options of `Sampling` (raphael/base/config/sampling.py), by their own names and ranges: one that
+is added there may be asked for here.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import typing
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
 
-from raphael.base.config.sampling import LongPrompts, SamplerName, ThresholdKind
+from raphael.base.config.sampling import Sampling
+from raphael.base.strict import Range
 
 MAX_STEPS = 100
 MAX_IMAGES = 8
 PROMPT_CHARS = 1000
 LARGEST_SEED = 2**53 - 1  # whole numbers that every JSON reader keeps
+MOST = {  # of options without an upper bound of their own
+    "steps": MAX_STEPS,
+    "upsampler_steps": MAX_STEPS,
+    "guidance_scale": 50.0,
+    "upsampler_guidance": 50.0,
+    "threshold_bound": 50.0,
+}
+NAMES = {"steps": "num_inference_steps"}  # diffusers'; all others are ours
+THE_SERVERS = ("precision",)  # how it computes is no wish of a client's
 PART_PX = 4096  # a side of an uploaded image
 IMAGE_CHARS = 12 << 20  # of one, as base64
 
@@ -31,22 +48,46 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class SamplingBody(Body):
-    """How to sample; what is left out is the model's own. The names are diffusers'."""
+def options() -> Iterator[tuple[str, str, Any, str]]:
+    """(name in a body, name in Sampling, type with its range, what it says) of every option that may be asked for."""
+    hints = typing.get_type_hints(Sampling, include_extras=True)
+    for own in dataclasses.fields(Sampling):
+        if own.name in THE_SERVERS:
+            continue
+        kind, ranges = hints[own.name], ()
+        if typing.get_origin(kind) is Annotated:
+            kind, *ranges = typing.get_args(kind)
+        elif typing.get_origin(kind) is tuple:  # (low, high), as a list of two
+            kind = Annotated[
+                list[_bounded(*typing.get_args(typing.get_args(kind)[0]))], Field(min_length=2, max_length=2)
+            ]
+        bounds = [*ranges, *([Range(high=MOST[own.name])] if own.name in MOST else [])]
+        yield NAMES.get(own.name, own.name), own.name, _bounded(kind, *bounds), own.metadata["help"]
+
+
+def _bounded(kind: Any, *ranges: Range) -> Any:
+    """The type within all of these, as pydantic says it; a number's bounds are then in /openapi.json, too."""
+    if not ranges:
+        return kind
+    low, high = max(one.low for one in ranges), min(one.high for one in ranges)
+    ends = {"ge": low, "le": high}
+    return Annotated[kind, Field(**{name: kind(end) for name, end in ends.items() if abs(end) != float("inf")})]
+
+
+SAMPLING_FIELDS = {name: own for name, own, _, _ in options()}  # of a body -> of Sampling
+SamplingOptions = create_model(
+    "SamplingOptions",
+    __base__=Body,
+    **{name: (Annotated[kind | None, Field(description=says)], None) for name, _, kind, says in options()},
+)
+
+
+class SamplingBody(SamplingOptions):
+    """How to sample; what is left out is the model's own."""
 
     model: Annotated[str, Field(max_length=100, description="an id of /v1/models; left out: the default")] | None = None
     negative_prompt: Text = ""
     seed: Annotated[Seed, Field(description="left out: a random one, which the answer tells")] | None = None
-    num_inference_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
-    guidance_scale: Annotated[float, Field(ge=0, le=50)] | None = None
-    sampler: SamplerName | None = None
-    eta: Annotated[Share, Field(description="of ddim: 0 deterministic, 1 as ddpm")] | None = None
-    guidance_rescale: Share | None = None
-    guidance_interval: Annotated[list[Share], Field(min_length=2, max_length=2)] | None = None
-    variance: Literal["posterior", "beta"] | None = None
-    threshold: ThresholdKind | None = None
-    threshold_percentile: Annotated[float, Field(ge=0, le=100)] | None = None
-    long_prompts: LongPrompts | None = None
     n: Annotated[int, Field(ge=1, le=MAX_IMAGES, description="images, of (seed, 0), (seed, 1), ...")] = 1
 
     @field_validator("n", "negative_prompt", "long_prompts", mode="before")

@@ -5,20 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
-from raphael.base.config.sampling import SamplerName, Sampling
-from raphael.serve.bodies import SamplingBody
+from raphael.base.config.sampling import OF_CASCADES, SamplerName, Sampling
+from raphael.serve.bodies import SAMPLING_FIELDS, SamplingBody
 from raphael.serve.door.problems import Problem, of_value_error
 
-SAMPLING_FIELDS = {  # of a body -> of Sampling
-    "num_inference_steps": "steps",
-    **{name: name for name in ("guidance_scale", "sampler", "eta", "guidance_rescale", "guidance_interval")},
-    **{name: name for name in ("variance", "threshold", "threshold_percentile", "long_prompts")},
-}
 
-
-def told_sampling(how: Sampling) -> dict[str, Any]:
-    """How was sampled, by the names of a body: sent again, it gives the same."""
-    return {name: _listed(getattr(how, own)) for name, own in SAMPLING_FIELDS.items()}
+def told_sampling(how: Sampling, cascade: bool) -> dict[str, Any]:
+    """How was sampled, by the names of a body: sent again, it gives the same. Options of cascades are told of those."""
+    told = {name: own for name, own in SAMPLING_FIELDS.items() if cascade or own not in OF_CASCADES}
+    return {name: _listed(getattr(how, own)) for name, own in told.items()}
 
 
 def _listed(value: Any) -> Any:
@@ -43,6 +38,7 @@ class ModelInfo:
     examples: tuple[dict[str, Any], ...] = ()
     parameters: int = 0
     long_prompts: tuple[str, ...] = ("cut",)
+    cascade: bool = False
 
     def told(self, default: str) -> dict[str, Any]:
         """An entry of /v1/models; object, owned_by: what OpenAI's clients look for."""
@@ -52,7 +48,7 @@ class ModelInfo:
             "owned_by": "raphael",
             "default": self.id == default,
             "samplers": list(get_args(SamplerName)),
-            "defaults": told_sampling(self.defaults),
+            "defaults": told_sampling(self.defaults, self.cascade),
             **{name: getattr(self, name) for name in ("system", "identity", "multiple_px", "max_px", "inside")},
             **{name: getattr(self, name) for name in ("context_tokens", "parameters")},
             "size": list(self.size),

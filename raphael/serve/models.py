@@ -156,6 +156,7 @@ def info_of(name: str, pipeline: Pipeline, folder: Path) -> ModelInfo:
         examples_of(pipeline, folder),
         sum(parameter.numel() for module in pipeline.modules for parameter in module.parameters()),
         long_prompts_of(pipeline),
+        "upsampler" in pipeline.components,
     )
 
 

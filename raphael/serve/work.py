@@ -225,7 +225,7 @@ def _settings(served: Served, task: Task) -> dict[str, Any]:
     if task.kind == IMAGES:
         height, width = (getattr(body, name) or own for name, own in zip(("height", "width"), served.info.size))
         told |= {"height": height, "width": width}
-    return {"model": task.model, **told, **told_sampling(served.info.sampling(body))}
+    return {"model": task.model, **told, **told_sampling(served.info.sampling(body), served.info.cascade)}
 
 
 @contextlib.contextmanager

@@ -189,3 +189,21 @@ def test_every_example_of_the_shipped_model_shows_what_its_prompt_says():
         image = np.asarray(pipeline(example["prompt"], seed=example["seed"]).images[0])
         verdicts = judge(read_scene(image), truths[example["prompt"]])
         assert False not in verdicts.values(), (example, verdicts)
+
+
+def test_every_option_of_sampling_may_be_asked_for_but_how_the_server_computes(tiny):
+    from dataclasses import fields
+
+    from raphael.base.config.sampling import Sampling
+    from raphael.serve.bodies import SAMPLING_FIELDS, ImagesBody
+
+    own = {field.name for field in fields(Sampling)}
+    assert set(SAMPLING_FIELDS.values()) == own - {"precision"}
+    assert SAMPLING_FIELDS.keys() <= ImagesBody.model_fields.keys()
+    refused = {"threshold_bound": 0, "eta": 1.5, "guidance_interval": [0.1], "until": "nowhere", "precision": "bf16"}
+    for name, value in {**refused, "upsampler_steps": 5, "augmentation": 0.3}.items():  # of cascades, which it is not
+        answer = tiny.client.post("/v1/images", json={"prompt": "x", "num_inference_steps": 1, name: value})
+        assert answer.status_code == 422 and answer.json()["field"].split(".")[0] == name, answer.text
+    asked = {"prompt": "x", "num_inference_steps": 1, "threshold": "static", "threshold_bound": 0.5}
+    settings = tiny.client.post("/v1/images", json=asked).json()["settings"]
+    assert settings["threshold_bound"] == 0.5 and "upsampler_steps" not in settings
