@@ -72,6 +72,10 @@ def test_the_settings_name_nothing_that_only_raphael_has() -> None:
             {"model": {"settings": {"base": {"unet": {"level_embedding": True}}}}},
             "level_embedding: got True, expected Fals",
         ),
+        (
+            {"model": {"settings": {"base": {"diffusion": {"prediction": "residual"}}}}},
+            "base.diffusion.prediction: got residual, expected v, x0 or flow",
+        ),
         ({"model": {"settings": {"upsampler": {"factor": 1}}}}, "factor: got 1, expected an integer at least 2"),
         ({"picture": {"sizes_px": [[20, 20]]}}, r"sizes_px: got \[20, 20\], expected multiples of 8"),
         ({"evaluate": {"num_probe": 3}}, "evaluate.num_probe: got 3, expected 0"),
