@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from raphael.diffusion.prediction import Prediction, variance_preserving
+from raphael.diffusion.prediction import Prediction, about, variance_preserving
 from raphael.diffusion.schedule import Noise
 from raphael.net.condition import Condition
 
@@ -37,10 +37,11 @@ class NetworkDenoiser:
     def __call__(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         sigma_ = sigma.view(-1, 1, 1, 1).to(x)
         timestep = self.schedule.timestep(sigma)
-        given = self.prediction.network_input(*variance_preserving(x, sigma_))
+        prediction = about(self.prediction, cond)
+        given = prediction.network_input(*variance_preserving(x, sigma_))
         if cond.hooks is not None:
             cond = cond.at(sigma, 1 - timestep / (self.schedule.num_steps - 1))
         output = self.unet(given, timestep, cond, collect=self.collect is not None)
         if self.collect is not None:
             self.collect(output)
-        return self.prediction.estimate(output.prediction, x, sigma_)
+        return prediction.estimate(output.prediction, x, sigma_)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from raphael.base.randomness import SampleRng
 from raphael.diffusion.cascade import augmented, shrunk, with_picture
-from raphael.diffusion.prediction import Prediction, training_pair
+from raphael.diffusion.prediction import Prediction, about, training_pair
 from raphael.diffusion.schedule import Noise
 from raphael.net.condition import Condition
 from raphael.net.latents import moments_of, sample_latents
@@ -53,8 +53,9 @@ class PlainDenoising(nn.Module):
         t = self.schedule.timesteps(shifted(rng.uniform("timestep"), self.shift)).to(x0.device)
         noise = rng.normal("noise", tuple(x0.shape[1:])).to(x0.device)
         dropped = (rng.uniform("condition_drop") < self.drop).to(x0.device)
-        given, target = training_pair(self.prediction, self.schedule, x0, noise, t)
-        predicted = self.unet(given, t, self._condition(batch, dropped, x0, rng)).prediction.float()
+        condition = self._condition(batch, dropped, x0, rng)
+        given, target = training_pair(about(self.prediction, condition), self.schedule, x0, noise, t)
+        predicted = self.unet(given, t, condition).prediction.float()
         loss = F.mse_loss(predicted, target)
         quarters = by_quarter(predicted, target, t, self.schedule.num_steps)
         return {"loss": loss, "denoise": loss.detach(), **quarters}
@@ -65,8 +66,9 @@ class PlainDenoising(nn.Module):
         x0 = self._x0(batch)
         t = self.schedule.timesteps(place).to(x0.device)
         noise = rng.normal("noise", tuple(x0.shape[1:])).to(x0.device)
-        given, target = training_pair(self.prediction, self.schedule, x0, noise, t)
-        predicted = self.unet(given, t, self._condition(batch, None, x0, rng)).prediction.float()
+        condition = self._condition(batch, None, x0, rng)
+        given, target = training_pair(about(self.prediction, condition), self.schedule, x0, noise, t)
+        predicted = self.unet(given, t, condition).prediction.float()
         return (predicted - target).square().flatten(1).mean(1)
 
     def _condition(self, batch: Mapping[str, Tensor], dropped: Tensor | None, x0: Tensor, rng: SampleRng) -> Condition:
@@ -79,8 +81,9 @@ class PlainDenoising(nn.Module):
 class Enlarging(PlainDenoising):
     """The same loss of a cascade's second network, which is told the images at 1 / factor of their side.
 
-    These are means of areas, with noise conditioning augmentation of a level uniform in [0, 1], drawn for each sample,
-    and the level is told. A dropped sample keeps its picture: what is dropped is the text.
+    These are means of areas, with noise conditioning augmentation of a level uniform in [0, highest], drawn for each
+    sample, and the level is told. A dropped sample keeps its picture: what is dropped is the text. highest: the paper's
+    is 1; sampling asks for no level above some 0.3, and each level is learned apart.
     """
 
     def __init__(
@@ -92,13 +95,14 @@ class Enlarging(PlainDenoising):
         drop: float = 0.0,
         shift: float = 1.0,
         factor: int = 2,
+        highest: float = 1.0,
     ):
         super().__init__(unet, noise, prediction, told, drop, shift)
-        self.factor = factor
+        self.factor, self.highest = factor, highest
 
     def _condition(self, batch: Mapping[str, Tensor], dropped: Tensor | None, x0: Tensor, rng: SampleRng) -> Condition:
         low = shrunk(x0, self.factor)
         eps = rng.normal("augmentation noise", tuple(low.shape[1:])).to(low.device)
-        level = rng.uniform("augmentation level").to(low.device)
+        level = self.highest * rng.uniform("augmentation level").to(low.device)
         text = self.told(batch, dropped)
         return with_picture(text, augmented(low, eps, level), level, self.factor, self.schedule.num_steps)

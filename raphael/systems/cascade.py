@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +30,10 @@ class CascadePipeline(Pipeline):
         expect_fit(unet.config, upsampler)
         self.upsampler, self.text_encoder = upsampler, text_encoder.eval()
         self.upsampler.unet.eval()
+
+    @property
+    def networks(self) -> dict[str, torch.nn.Module]:
+        return {"base": self.unet, "upsampler": self.upsampler.unet}
 
     @property
     def modules(self) -> tuple[torch.nn.Module, ...]:
@@ -73,12 +76,6 @@ class CascadePipeline(Pipeline):
         cond, null = encode_texts(parts, texts), encode_texts(parts, [""])
         with evaluating(self.upsampler.unet):
             return self.upsampler(low, Order(cond, null, noise, how)).clamp(-1, 1)
-
-    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True) -> None:
-        raise ValueError(
-            f"save_pretrained: got a pipeline of the system {self.system}, which has several networks, expected one "
-            "with a single one; its folder may be copied as it is"
-        )
 
 
 def expect_fit(base: Any, upsampler: Upsampler) -> None:

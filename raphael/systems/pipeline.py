@@ -141,6 +141,11 @@ class Pipeline(Adaptable):
         save_pretrained(self, save_directory)
 
     @property
+    def networks(self) -> dict[str, torch.nn.Module]:
+        """What was trained, by the folder that it lies in; "" the model's own."""
+        return {"": self.unet}
+
+    @property
     def modules(self) -> tuple[torch.nn.Module, ...]:
         """What `to` moves."""
         return (self.unet,)

@@ -92,9 +92,13 @@ class DiffusionConfig:
     schedule: Literal["linear", "scaled_linear", "cosine", "edm", "rectified_flow", "continuous_cosine"]
     beta_start: Positive  # of linear and scaled_linear
     beta_end: Positive
-    prediction: Literal["eps", "v", "x0", "flow", "edm"]  # what the network returns: raphael/diffusion/prediction.py
+    prediction: Literal[
+        "eps", "v", "x0", "flow", "edm", "residual"
+    ]  # what the network returns: raphael/diffusion/prediction.py
     zero_terminal_snr: bool  # the last timestep is pure noise, alpha_bar = 0; not with prediction eps
-    sigma_data: Positive = field(default=0.5, metadata=LATER)  # deviation of the data, of prediction edm
+    sigma_data: Positive = field(default=0.5, metadata=LATER)  # deviation of the data, of predictions edm and residual
+    # of residual: deviation of an image from its half-size self, enlarged (raphael/diffusion/prediction.py: Residual)
+    sigma_residual: Positive = field(default=0.09, metadata=LATER)
     edm: EdmNoiseConfig = field(default_factory=EdmNoiseConfig, metadata=LATER)
     rectified_flow: FlowNoiseConfig = field(default_factory=FlowNoiseConfig, metadata=LATER)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raphael.base.checkpoint.folder import write_checkpoint
+from raphael.base.checkpoint.folder import checkpoint_sha256, read_checkpoint, write_checkpoint
 from raphael.base.config.sampling import own_sampling
 from raphael.base.config.systems import find_system
 from raphael.base.integrity.contents import seal
@@ -20,6 +20,7 @@ from raphael.systems.exchange.export import UNET_CLASS
 from raphael.systems.exchange.import_model import import_model
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+WHOLE = ""  # the name of a network that has no folder of its own
 FETCHED = ["*.json", "*.safetensors", "*.txt", "*.model"]  # nothing that can run code when it is read
 
 
@@ -45,7 +46,8 @@ def open_pretrained(what: str | Path) -> Opened:
 
 
 def save_pretrained(pipeline: Any, folder: str | Path) -> None:
-    """A pipeline folder of what a Pipeline holds in memory, and of its encoders as they were read.
+    """A pipeline folder of what a Pipeline holds in memory, and of its encoders as they were read. Of several networks
+    each lies in a folder of its name, as a training leaves them.
 
     Raises StageError for a folder that holds something else, ValueError for a pipeline that was not read from one.
     """
@@ -54,7 +56,6 @@ def save_pretrained(pipeline: Any, folder: str | Path) -> None:
         raise ValueError("save_pretrained: got a pipeline that was not read from a folder, which its encoders lie in")
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / MANIFEST).is_file())):
         raise StageError(f"{folder}: holds something else, expected a new or empty folder, or one of a pipeline")
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in pipeline.unet.state_dict().items()}
     meta = {**pipeline.meta, "sampling": own_sampling(to_dict(pipeline.defaults))}
     with tempfile.TemporaryDirectory(
         prefix="raphael-"
@@ -62,10 +63,21 @@ def save_pretrained(pipeline: Any, folder: str | Path) -> None:
         kept = {name: Path(temporary) / name for name in find_system(pipeline.system).carries}
         for name, place in kept.items():
             shutil.copytree(pipeline.source.folder / name, place)
-        write_checkpoint(folder, {"ema": weights, "raw": weights}, meta)
+        for name in pipeline.networks.keys() - {WHOLE}:
+            kept[name] = Path(temporary) / name
+            _, own = read_checkpoint(pipeline.source.folder / name, [])
+            write_checkpoint(kept[name], _groups(pipeline.networks[name]), own)
+        if parts := {name: checkpoint_sha256(kept[name]) for name in pipeline.networks if name != WHOLE}:
+            meta["parts"] = parts
+        write_checkpoint(folder, _groups(pipeline.networks[WHOLE]) if WHOLE in pipeline.networks else {}, meta)
         for name, place in kept.items():
             shutil.copytree(place, folder / name)
         seal(folder)
+
+
+def _groups(network: Any) -> dict[str, dict[str, Any]]:
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    return {"ema": weights, "raw": weights}
 
 
 def _is_export(path: Path) -> bool:

@@ -11,7 +11,7 @@ from raphael.base.config.params import Config
 from raphael.base.config.preset import DiffusionConfig, Positive, Share
 from raphael.base.config.systems import Part, System
 from raphael.base.config.unet import PlainUNetConfig
-from raphael.base.strict import ConfigError, Range
+from raphael.base.strict import ConfigError, Range, later
 
 BASE, UPSAMPLER = "base", "upsampler"
 OF_LATENTS = ("num_probe", "num_knockout_images", "num_swaps")  # of `evaluate`
@@ -49,6 +49,8 @@ class ImagenSettings:
         ):  # fmt: skip
             if (got := getattr(base if network == BASE else up, name)) != wanted:
                 raise ValueError(f"{network}.unet.{name}: got {got}, expected {wanted}")
+        if self.base.diffusion.prediction == "residual":
+            raise ValueError("base.diffusion.prediction: got residual, expected v, x0 or flow: it enlarges no picture")
         for name in ("context_dim", "context_length"):
             if getattr(base, name) != getattr(up, name) or not getattr(base, name):
                 got = f"{getattr(base, name)} and {getattr(up, name)}"
@@ -67,6 +69,7 @@ class ImagenTraining:
     text_drop: Share = 0.1  # of captions that neither network is told, for classifier-free guidance
     base_shift: Positive = 1.0  # of the base's timesteps (raphael/objectives/timesteps.py); 1: uniform, as the paper's
     upsampler_shift: Positive = 1.0
+    augmentation: Share = later(1.0)  # the highest level of noise on what the upsampler enlarges; 1: the paper's
 
 
 def check(config: Config) -> None:

@@ -81,7 +81,7 @@ def build(config: Config, part: str) -> PlainDenoising:
     factor = settings.upsampler.factor
     if part == BASE:
         return PlainDenoising(*given, how.base_shift, shrink=factor)
-    return Enlarging(*given, how.upsampler_shift, factor=factor)
+    return Enlarging(*given, how.upsampler_shift, factor=factor, highest=how.augmentation)
 
 
 def step_flops(config: Config) -> float:

@@ -72,6 +72,10 @@ def test_the_settings_name_nothing_that_only_raphael_has() -> None:
             {"model": {"settings": {"base": {"unet": {"level_embedding": True}}}}},
             "level_embedding: got True, expected Fals",
         ),
+        (
+            {"model": {"settings": {"base": {"diffusion": {"prediction": "residual"}}}}},
+            "base.diffusion.prediction: got residual, expected v, x0 or flow",
+        ),
         ({"model": {"settings": {"upsampler": {"factor": 1}}}}, "factor: got 1, expected an integer at least 2"),
         ({"picture": {"sizes_px": [[20, 20]]}}, r"sizes_px: got \[20, 20\], expected multiples of 8"),
         ({"evaluate": {"num_probe": 3}}, "evaluate.num_probe: got 3, expected 0"),
@@ -184,8 +188,11 @@ def test_the_stages_train_a_cascade_and_generate_from_it(trained: Path, monkeypa
     assert base.size == (8, 8)
     with pytest.raises(ValueError, match="expected multiples of 8"):
         pipeline("a red circle", height=20, width=20)
-    with pytest.raises(ValueError, match="save_pretrained: got a pipeline of the system imagen, which has several"):
-        pipeline.save_pretrained("elsewhere")
+    pipeline.save_pretrained("elsewhere")
+    again = RaphaelPipeline.from_pretrained("elsewhere")
+    assert list(again.meta["parts"]) == ["base", "upsampler"]
+    one, other = (each("a star", num_inference_steps=2, output_type="np").images for each in (pipeline, again))
+    assert np.array_equal(one, other)
     for words, side in ((["--until", "base"], 8), (["--augmentation", "0.5", "--upsampler-steps", "1"], 16)):
         out = f"out-{side}"
         asked = ["generate", "a red circle", "--checkpoint", "models/raphael", "--steps", "2", *words, "--out", out]
