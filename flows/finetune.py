@@ -291,6 +291,39 @@ def _put_yaml(file: Path, data: dict[str, Any]) -> None:
         file.write_text(text, encoding="utf-8")
 
 
+def _add_adapters(parser: argparse.ArgumentParser) -> None:
+    """What is most often asked for with an adapter, and prior preservation."""
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train an adapter of that rank, no weights")
+    parser.add_argument("--format", choices=("kohya", "peft"), default="kohya", help="of the adapter's file")
+    parser.add_argument("--prompt", action="append", default=[], help="of the grids; may be repeated")
+    parser.add_argument("--trigger", default="", metavar="WORD", help="put it before every caption")
+    text = "prior preservation: the model's own images of this, or of a .txt file's lines, beside; may be repeated"
+    parser.add_argument("--prior", action="append", default=[], metavar="PROMPT", help=text)
+    text = "how many of them (default: as many as --data has); more are more varied, half of an epoch they stay"
+    parser.add_argument("--prior-images", type=int, default=0, metavar="N", help=text)
+
+
+def _request(given: argparse.Namespace) -> Request:
+    return Request(
+        given.checkpoint,
+        given.data,
+        given.out,
+        given.num_images,
+        given.learning_rate,
+        given.sample_every or 0,
+        settings.parse(given.set),
+        inpainting=given.inpainting,
+        sizes=given.sizes,
+        lora=given.lora,
+        form=given.format,
+        prompts=tuple(given.prompt),
+        captions=given.captions,
+        trigger=given.trigger,
+        prior=tuple(given.prior),
+        prior_images=given.prior_images,
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -313,38 +346,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--patience", type=int, default=5, metavar="POINTS", help=text)
     text = "plan for this much memory, 8, 12, 24 or 80 say (default: what there is)"
     parser.add_argument("--memory", type=float, metavar="GB", help=text)
-    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train an adapter of that rank, no weights")
-    parser.add_argument("--format", choices=("kohya", "peft"), default="kohya", help="of the adapter's file")
-    parser.add_argument("--prompt", action="append", default=[], help="of the grids; may be repeated")
-    parser.add_argument("--trigger", default="", metavar="WORD", help="put it before every caption")
-    text = "prior preservation: the model's own images of this, or of a .txt file's lines, beside; may be repeated"
-    parser.add_argument("--prior", action="append", default=[], metavar="PROMPT", help=text)
-    text = "how many of them (default: as many as --data has); more are more varied, half of an epoch they stay"
-    parser.add_argument("--prior-images", type=int, default=0, metavar="N", help=text)
+    _add_adapters(parser)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting; may be repeated")
     parser.add_argument("--only-make", action="store_true", help="make the workspace, train nothing")
     consent.add_option(parser)
     given = parser.parse_args(argv)
     with one_clear_line("train") as outcome:
-        request = Request(
-            given.checkpoint,
-            given.data,
-            given.out,
-            given.num_images,
-            given.learning_rate,
-            given.sample_every or 0,
-            settings.parse(given.set),
-            inpainting=given.inpainting,
-            sizes=given.sizes,
-            lora=given.lora,
-            form=given.format,
-            prompts=tuple(given.prompt),
-            captions=given.captions,
-            trigger=given.trigger,
-            prior=tuple(given.prior),
-            prior_images=given.prior_images,
-        )
-        request = with_prior(request)
+        request = with_prior(_request(given))
         asked = {name: getattr(given, name) for name in ("heldout", "patience", "sample_every")}
         request, lines = plan(request, asked, given.memory)
         for line in lines:
