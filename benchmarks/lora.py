@@ -230,11 +230,11 @@ def main() -> None:
 
 
 def earlier() -> dict[str, Any]:
-    """The rows of the newest file of results, by arm."""
+    """The rows of the newest file of results, by arm, each with when and on what it was measured."""
     files = sorted((Path(__file__).parent / "results").glob("lora-*.json"))
     told = json.loads(files[-1].read_text()) if files else {"results": []}
-    seen = {"images_seen": told["images_seen"]} if "images_seen" in told else {}
-    return {row.pop("arm"): {**seen, **row} for row in told["results"]}
+    of_all = {name: told[name] for name in ("measured", "processor", "images_seen") if name in told}
+    return {row.pop("arm"): {**of_all, **row} for row in told["results"]}
 
 
 def summed(rows: dict[str, Any]) -> list[dict[str, Any]]:
