@@ -22,13 +22,14 @@ from typing import Any
 from data_pipeline.common.tables import is_remote
 from data_pipeline.local_images.kinds import kind_of
 from flows.environment import prepare
-from flows.finetuning.prior import join_prior
+from flows.finetuning.prior import join_prior, prompts_of
 from flows.pipelines.dvc_stages import ancestors, read_pipeline, reproduce
 from flows.workspace import settings
 from flows.workspace.folder import PROJECT, fingerprint, make_workspace
 from raphael.base.config import consent
 from raphael.base.config.preset import Preset, load_preset
 from raphael.base.config.systems import expect_system, find_system, system_of
+from raphael.base.config.unet import SIZES
 from raphael.base.images.sizes import least_short_side
 from raphael.base.stage import one_clear_line, read_json
 from raphael.base.strict import load, to_dict
@@ -51,12 +52,14 @@ class Request:
     sample_every: int  # images; 0: never
     changes: dict[str, Any]
     inpainting: bool = False  # the network gains the input of raphael/net/inputs.py: mask and picture
+    sizes: bool = False  # the network gains the input of an image's sizes and crop, as SDXL's
     measuring: dict[str, Any] = field(default_factory=dict)  # what is held out and how often it is shown
     captions: str = "auto"  # source.captions
     lora: int = 0  # rank; 0: all weights are trained
     form: str = "kohya"  # of the adapter's file
     prompts: tuple[str, ...] = ()  # of the grids
     trigger: str = ""  # a word before every caption
+    prior_images: int = 0  # how many of them; 0: as many as its data has
     prior: tuple[str, ...] = ()  # prompts of the model's own images beside the others (flows/finetuning/prior.py)
 
 
@@ -71,6 +74,9 @@ def make(request: Request) -> Path:
     if request.inpainting:
         unet = replace(preset.unet, inpainting=True, picture_channels=preset.unet.latent_channels + 1)
         preset = replace(preset, unet=unet)
+    if request.sizes:
+        factor = 2 ** (len(preset.vae.channels) - 1)
+        preset = replace(preset, unet=replace(preset.unet, vector_dim=SIZES, size_px=factor))
     name = _name(meta)
     if request.lora:
         _check_rank(request, preset)
@@ -102,7 +108,8 @@ def with_prior(request: Request) -> Request:
     if not request.prior:
         return request
     joined = request.out.resolve().with_name(f"{request.out.name}.data")
-    data = join_prior(base_of(request), Path(request.data), joined, request.prior, request.trigger)
+    asked = prompts_of(request.prior), request.trigger, request.prior_images
+    data = join_prior(base_of(request), Path(request.data), joined, *asked)
     return replace(request, data=data)
 
 
@@ -192,6 +199,7 @@ def _settings(request: Request, folder: Path, meta: dict[str, Any], preset: Pres
         "train.loop.log_every_images": point,
         "train.loop.checkpoint_every_images": max(batch, request.num_images // 8),
         "train.loop.sample_every_images": request.sample_every,
+        **({"encode.fields": [*project.encode.fields, "sizes"]} if preset.unet.size_px else {}),
         **({"train.sample_prompts": list(request.prompts)} if request.prompts else {}),
         **({"captions.prefix": request.trigger} if request.trigger and not request.prior else {}),
         **own,
@@ -283,6 +291,39 @@ def _put_yaml(file: Path, data: dict[str, Any]) -> None:
         file.write_text(text, encoding="utf-8")
 
 
+def _add_adapters(parser: argparse.ArgumentParser) -> None:
+    """What is most often asked for with an adapter, and prior preservation."""
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train an adapter of that rank, no weights")
+    parser.add_argument("--format", choices=("kohya", "peft"), default="kohya", help="of the adapter's file")
+    parser.add_argument("--prompt", action="append", default=[], help="of the grids; may be repeated")
+    parser.add_argument("--trigger", default="", metavar="WORD", help="put it before every caption")
+    text = "prior preservation: the model's own images of this, or of a .txt file's lines, beside; may be repeated"
+    parser.add_argument("--prior", action="append", default=[], metavar="PROMPT", help=text)
+    text = "how many of them (default: as many as --data has); more are more varied, half of an epoch they stay"
+    parser.add_argument("--prior-images", type=int, default=0, metavar="N", help=text)
+
+
+def _request(given: argparse.Namespace) -> Request:
+    return Request(
+        given.checkpoint,
+        given.data,
+        given.out,
+        given.num_images,
+        given.learning_rate,
+        given.sample_every or 0,
+        settings.parse(given.set),
+        inpainting=given.inpainting,
+        sizes=given.sizes,
+        lora=given.lora,
+        form=given.format,
+        prompts=tuple(given.prompt),
+        captions=given.captions,
+        trigger=given.trigger,
+        prior=tuple(given.prior),
+        prior_images=given.prior_images,
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -295,6 +336,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num-images", type=int, default=6400, help="images seen (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, help="default: a tenth of a training's from nothing")
     parser.add_argument("--inpainting", action="store_true", help="the network learns to see mask and picture, too")
+    text = "the network learns to be told images' sizes and crops, too, as SDXL's"
+    parser.add_argument("--sizes", action="store_true", help=text)
     text = "images between two grids; 0: none, and no sheet (default: a twentieth of all)"
     parser.add_argument("--sample-every", type=int, metavar="IMAGES", help=text)
     text = "images kept out, whose loss says when it is enough; 0: none (default: a tenth, of ten images and more)"
@@ -303,34 +346,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--patience", type=int, default=5, metavar="POINTS", help=text)
     text = "plan for this much memory, 8, 12, 24 or 80 say (default: what there is)"
     parser.add_argument("--memory", type=float, metavar="GB", help=text)
-    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train an adapter of that rank, no weights")
-    parser.add_argument("--format", choices=("kohya", "peft"), default="kohya", help="of the adapter's file")
-    parser.add_argument("--prompt", action="append", default=[], help="of the grids; may be repeated")
-    parser.add_argument("--trigger", default="", metavar="WORD", help="put it before every caption")
-    text = "prior preservation: as many of the model's own images of this, trained beside; may be repeated"
-    parser.add_argument("--prior", action="append", default=[], metavar="PROMPT", help=text)
+    _add_adapters(parser)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting; may be repeated")
     parser.add_argument("--only-make", action="store_true", help="make the workspace, train nothing")
     consent.add_option(parser)
     given = parser.parse_args(argv)
     with one_clear_line("train") as outcome:
-        request = Request(
-            given.checkpoint,
-            given.data,
-            given.out,
-            given.num_images,
-            given.learning_rate,
-            given.sample_every or 0,
-            settings.parse(given.set),
-            inpainting=given.inpainting,
-            lora=given.lora,
-            form=given.format,
-            prompts=tuple(given.prompt),
-            captions=given.captions,
-            trigger=given.trigger,
-            prior=tuple(given.prior),
-        )
-        request = with_prior(request)
+        request = with_prior(_request(given))
         asked = {name: getattr(given, name) for name in ("heldout", "patience", "sample_every")}
         request, lines = plan(request, asked, given.memory)
         for line in lines:

@@ -95,6 +95,10 @@ class ShardReader:
             self.shard = Shard(path)
         return self.shard.image(row.key)
 
+    def original(self, row: CaptionRow) -> tuple[int, int]:
+        """(height, width) in px of the image as it was found, of the shard that was read last. Raises StageError."""
+        return self.shard.original(row.key)
+
     def close(self) -> None:
         self.shard.close()
 
@@ -166,6 +170,7 @@ class Shard:
 
     def __init__(self, path: Path | None):
         self.path, self.tar, self.members, self.digests = path, None, {}, {}
+        self.originals: dict[str, tuple[int, int]] | None = None  # read where they are asked for
         if path is None:
             return
         try:
@@ -199,6 +204,15 @@ class Shard:
             detail = " ".join(str(error).split())[:120]
             raise StageError(f"{self.path}: image {key} cannot be decoded ({detail}); {again}") from None
 
+    def original(self, key: str) -> tuple[int, int]:
+        """(height, width) before it was stored. Raises StageError where the table beside the tar does not say it."""
+        table = self.path.with_suffix(".parquet")
+        if self.originals is None:
+            self.originals = stored_originals(table)
+        if key not in self.originals:
+            raise StageError(f"{table}: got no size of the image {key} as it was found; run the stage download again")
+        return self.originals[key]
+
     def close(self) -> None:
         if self.tar is not None:
             self.tar.close()
@@ -216,3 +230,17 @@ def stored_hashes(table: Path) -> dict[str, str]:
     columns = file.read(columns=[KEY, SHA256])
     pairs = zip(columns[KEY].to_pylist(), columns[SHA256].to_pylist(), strict=True)
     return {key: digest for key, digest in pairs if digest}
+
+
+def stored_originals(table: Path) -> dict[str, tuple[int, int]]:
+    """(height, width) of a shard's images as they were found, by key; {} where there is no such table."""
+    if not table.is_file():
+        return {}
+    from data_pipeline.common.tables import open_parquet
+
+    file, names = open_parquet(table), (KEY, "original_height", "original_width")
+    if not set(names) <= set(file.schema_arrow.names):
+        return {}
+    columns = file.read(columns=list(names)).to_pydict()
+    found = zip(*(columns[name] for name in names), strict=True)
+    return {key: (height, width) for key, height, width in found if key and height and width}

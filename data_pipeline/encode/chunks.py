@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,8 @@ from data_pipeline.encode.buckets import nearest_size
 from data_pipeline.encode.fields import AUTOENCODER, TEXT_ENCODER, Pictures, Tools, named
 from raphael.base.config.params import Config
 from raphael.base.files import written_whole
-from raphael.base.records import TEXT
+from raphael.base.images.fit import told_sizes
+from raphael.base.records import SIZES, TEXT
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -43,7 +44,7 @@ class ChunkEncoder:
         self.tools, self.shards = tools, ShardReader(shards)
 
     def __call__(self, chunk: Chunk) -> Path:
-        encode_chunk(chunk, map(self.shards.image, chunk.rows), self.tools)
+        encode_chunk(chunk, map(self.shards.image, chunk.rows), self.tools, self.shards.original)
         return chunk.done
 
 
@@ -76,8 +77,14 @@ def needs(config: Config) -> set[str]:
     return {need for encoder in named(config).values() for need in encoder.needs}
 
 
-def encode_chunk(chunk: Chunk, images: Iterator[Image.Image], tools: Tools) -> None:
-    """Into chunk.done, atomically. Batches are the same whenever a run began, and wherever.
+def encode_chunk(
+    chunk: Chunk,
+    images: Iterator[Image.Image],
+    tools: Tools,
+    original: Callable[[CaptionRow], tuple[int, int]],
+) -> None:
+    """Into chunk.done, atomically. Batches are the same whenever a run began, and wherever. original: (height, width)
+    of a row's image as it was found; asked right after its image, and where records hold sizes alone.
 
     The file: "bucket" (count,), the index of each row's size, and the fields of each bucket that got any, in their
     rows' order.
@@ -87,14 +94,19 @@ def encode_chunk(chunk: Chunk, images: Iterator[Image.Image], tools: Tools) -> N
     buckets = np.empty(chunk.count, np.int64)
     fitted: dict[int, list[np.ndarray]] = {}
     captions: dict[int, list[str]] = {}
+    told: dict[int, list[list[int]]] = {}
     for place, (row, image) in enumerate(zip(chunk.rows, images, strict=True)):
         bucket = buckets[place] = nearest_size(image.height, image.width, sizes)
         fitted.setdefault(bucket, []).append(fit(image, *sizes[bucket], tools.config.autoencoder.is_pixels, pad))
         captions.setdefault(bucket, []).append(row.caption)
+        if SIZES in tools.config.encode.fields:
+            stored = image.height, image.width
+            told.setdefault(bucket, []).append(told_sizes(original(row), stored, tuple(sizes[bucket]), pad))
     arrays = {"bucket": buckets}
     for bucket in sorted(fitted):
         labels = None if chunk.labels is None else chunk.labels[buckets == bucket]
-        whole = Pictures(np.stack(fitted.pop(bucket)), captions[bucket], labels)
+        numbers = np.array(told[bucket], np.int32) if told else None
+        whole = Pictures(np.stack(fitted.pop(bucket)), captions[bucket], labels, numbers)
         batches = [whole[at : at + size] for at in range(0, len(whole.captions), size)]
         for name, encoder in named(tools.config).items():
             arrays[f"{bucket}/{name}"] = np.concatenate([encoder.values(tools, batch) for batch in batches])

@@ -15,7 +15,8 @@ import numpy as np
 
 from data_pipeline.encode.buckets import Size, size_name
 from raphael.base.config.params import Config
-from raphael.base.records import EDGES, LABEL, MOMENTS, PIXELS, TEXT, TEXT_MASK, TOKEN_IDS, Fields
+from raphael.base.config.unet import SIZES as NUM_SIZES
+from raphael.base.records import EDGES, LABEL, MOMENTS, PIXELS, SIZES, TEXT, TEXT_MASK, TOKEN_IDS, Fields
 from raphael.base.stage import StageError, file_sha256
 
 if TYPE_CHECKING:
@@ -48,15 +49,17 @@ class Tools:
 
 @dataclass(frozen=True)
 class Pictures:
-    """A batch of one bucket: images uint8 (B,H,W,3), fitted; captions; labels int32 (B,) where records hold them."""
+    """A batch of one bucket: images uint8 (B,H,W,3), fitted; captions; where records hold them labels int32 (B,), and
+    sizes int32 (B, 6), as `told_sizes`."""
 
     images: np.ndarray
     captions: list[str]
     labels: np.ndarray | None = None
+    sizes: np.ndarray | None = None
 
     def __getitem__(self, part: slice) -> Pictures:
-        labels = None if self.labels is None else self.labels[part]
-        return Pictures(self.images[part], self.captions[part], labels)
+        labels, sizes = (None if told is None else told[part] for told in (self.labels, self.sizes))
+        return Pictures(self.images[part], self.captions[part], labels, sizes)
 
 
 @dataclass(frozen=True)
@@ -206,5 +209,11 @@ ENCODERS: dict[str, FieldEncoder] = {
         lambda tools, pictures: pictures.labels,
         lambda tools: tools.labels.facts(),
         (LABELS,),
+    ),
+    SIZES: FieldEncoder(
+        "int32",
+        lambda tools, size: (NUM_SIZES,),
+        lambda tools, pictures: pictures.sizes,
+        lambda tools: {SIZES: "original height, width; cropped above, left; height, width; px"},
     ),
 }

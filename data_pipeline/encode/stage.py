@@ -82,6 +82,8 @@ def _check_fit(tools: Tools) -> None:
     pairs = [("latent_channels", channels, unet.latent_channels, "the autoencoder")]
     if tools.text is not None:
         pairs.append(("context_dim", tools.text.dim, unet.context_dim, "the text encoder"))
+    if unet.size_px:
+        pairs.append(("size_px", tools.downsampling, unet.size_px, "the autoencoder"))
     for key, got, expected, part in pairs:
         if got != expected:
             raise StageError(

@@ -57,6 +57,7 @@ TEXT_MASK = "text_mask"  # uint8 (N,): 1 on real tokens
 EDGES = "edges"  # uint8 (E, F): probability of an edge times 255
 LABEL = "label"  # int32 (): a class, an index into facts["label"]["classes"]; NO_LABEL where it has none
 NO_LABEL = -1
+SIZES = "sizes"  # int32 (6,): an image's sizes and crop in px, raphael/base/images/fit.py
 CAPTIONS = "captions.json"  # beside the records: key -> caption
 
 # Of a batch, not of a record: int64 (B,), which of train.settings.phases each sample is of (raphael/train/phases.py)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from raphael.base.config.unet import UNetConfig
+from raphael.base.config.unet import SIZES, UNetConfig
 from raphael.net.condition import Condition
 from raphael.net.layers import sinusoidal_embedding
 
@@ -34,6 +34,39 @@ class LevelEmbedding(nn.Module):
 
     def forward(self, level: Tensor) -> Tensor:  # (B,) -> (B, dim)
         return self.net(sinusoidal_embedding(level, self.channels).to(self.net[0].weight.dtype))
+
+
+class SizesIn(nn.Linear):
+    """(B, SIZES) sizes and crop in px, sinusoids of each, one layer without a bias, zero at the start (SDXL, arXiv
+    2307.01952, section 2.2; there the layers of the timestep follow, too)."""
+
+    WIDTH = 64  # sinusoids of a number
+
+    def __init__(self, dim: int):
+        super().__init__(SIZES * self.WIDTH, dim, bias=False)
+
+    def forward(self, sizes: Tensor) -> Tensor:  # (B, SIZES) -> (B, dim)
+        waves = sinusoidal_embedding(sizes.flatten(), self.WIDTH).view(len(sizes), -1)
+        return super().forward(waves.to(self.weight.dtype))
+
+
+def vector_input(config: UNetConfig, dim: int) -> nn.Linear | None:
+    """What reads the condition's vector: a layer of `dim` outputs, zero; None where the network is told none."""
+    if config.size_px:
+        return zeroed(SizesIn(dim))
+    return zeroed(nn.Linear(config.vector_dim, dim, bias=False)) if config.vector_dim else None
+
+
+def told_vector(config: UNetConfig, x: Tensor, condition: Condition, layer: nn.Linear | None) -> Tensor | None:
+    """The vector that `layer` reads: the condition's. Where that has none, a network that knows sizes is told that
+    the image is as large as x (B, C, h, w) says, was never scaled, and that nothing was cropped: sampling's case."""
+    vector = condition.vector
+    if not config.size_px:
+        return None if vector is None else vector.to(layer.weight.dtype)
+    if vector is not None:
+        return vector.float()  # bfloat16 knows no 1001 px
+    height, width = (side * config.size_px for side in x.shape[2:])
+    return x.new_tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).expand(len(x), SIZES)
 
 
 def known_picture(x0: Tensor, known: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from raphael.base.config.unet import UNetConfig
 from raphael.net.attention import ActiveHooks
 from raphael.net.block import Block, BlockFactory, BlockInput, BlockOutput, BlockPlace
 from raphael.net.condition import Condition
-from raphael.net.inputs import LevelEmbedding, check_control, check_inputs, zeroed
+from raphael.net.inputs import LevelEmbedding, check_control, check_inputs, told_vector, vector_input, zeroed
 from raphael.net.layers import Downsample, ResBlock, TimeEmbedding, Upsample
 from raphael.net.memory import TextMemory
 from raphael.net.text_layers import AttentionPool, TextRefiner
@@ -72,9 +72,9 @@ class UNet(nn.Module):
         self.norm_out = nn.GroupNorm(config.norm_groups, width)
         self.conv_out = zeroed(nn.Conv2d(width, config.predicted_channels * pixels, 3, padding=1))
         # last, so that the same seed gives the rest the same weights with and without them
-        picture, vector = config.picture_channels * pixels, config.vector_dim
+        picture = config.picture_channels * pixels
         self.picture_in = zeroed(nn.Conv2d(picture, channels[0], 3, padding=1, bias=False)) if picture else None
-        self.vector_in = zeroed(nn.Linear(vector, time_dim, bias=False)) if vector else None
+        self.vector_in = vector_input(config, time_dim)
         self.level_in = LevelEmbedding(channels[0], time_dim) if config.level_embedding else None
         pool = config.context_dim, config.head_dim, time_dim
         self.text_pool = AttentionPool(*pool) if config.text_pool else None
@@ -109,8 +109,8 @@ class UNet(nn.Module):
             embedding = embedding + self._pooled(tokens, mask)
         if self.text_pool is not None:
             embedding = embedding + self.text_pool(tokens, mask)
-        if condition.vector is not None:
-            embedding = embedding + self.vector_in(condition.vector.to(self.vector_in.weight.dtype))
+        if (vector := told_vector(self.config, x, condition, self.vector_in)) is not None:
+            embedding = embedding + self.vector_in(vector)
         if condition.level is not None:
             embedding = embedding + self.level_in(condition.level)
         hooks = ActiveHooks.of(condition, len(x), x.device)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from raphael.base.config.preset import DiffusionConfig, UNetConfig
 from raphael.base.randomness import SampleRng
-from raphael.base.records import EDGES, MOMENTS, PHASE, PIXELS, TEXT, TEXT_MASK, TOKEN_IDS
+from raphael.base.records import EDGES, MOMENTS, PHASE, PIXELS, SIZES, TEXT, TEXT_MASK, TOKEN_IDS
 from raphael.base.strict import to_dict
 from raphael.diffusion.noise import noise_of
 from raphael.diffusion.prediction import Prediction, prediction_of, training_pair
@@ -94,7 +94,7 @@ class DenoisingObjective(nn.Module):
             noise = noise + self.config.noise_offset * rng.normal("noise_offset", (C, 1, 1)).to(device)
         dropped = (rng.uniform("caption_drop") < self.config.caption_drop).to(device)
         with torch.no_grad():
-            text = self._with_picture(self._text(batch, dropped), x0, rng)
+            text = self._with_picture(self._told(batch, dropped), x0, rng)
 
         x_t, target = training_pair(self.prediction, self.schedule, x0, noise, t)
         gate_noise = self._gate_noise(rng, text.tokens)
@@ -123,10 +123,15 @@ class DenoisingObjective(nn.Module):
         x0 = sample_latents(moments, self.scale.factor, self.scale.shift, None)
         t = self.schedule.timesteps(place).to(moments.device)
         noise = rng.normal("noise", x0.shape[1:]).to(moments.device)
-        text = self._with_picture(self._text(batch, None), x0, rng)
+        text = self._with_picture(self._told(batch, None), x0, rng)
         x_t, target = training_pair(self.prediction, self.schedule, x0, noise, t)
         prediction = self.unet(x_t, t, text).prediction
         return (prediction.float() - target).square().flatten(1).mean(1)
+
+    def _told(self, batch: dict[str, Tensor], dropped: Tensor | None) -> Condition:
+        """As `_text`; a network that knows sizes is also told the images' (B, 6), with a dropped caption, too."""
+        text = self._text(batch, dropped)
+        return replace(text, vector=batch[SIZES].float()) if self.unet.config.size_px else text
 
     def _text(self, batch: dict[str, Tensor], dropped: Tensor | None) -> Condition:
         """What the captions say, of those dropped (B,) bool what the empty one says; None: none are."""
@@ -234,7 +239,8 @@ class DenoisingObjective(nn.Module):
 
 def needed_fields(unet: UNetConfig) -> tuple[str | tuple[str, ...], ...]:
     """The fields of the records that DenoisingObjective reads; of a tuple any one."""
-    return ((MOMENTS, PIXELS), TOKEN_IDS, *(() if unet.edge_tokens == "none" else (EDGES,)))
+    edges = () if unet.edge_tokens == "none" else (EDGES,)
+    return ((MOMENTS, PIXELS), TOKEN_IDS, *edges, *((SIZES,) if unet.size_px else ()))
 
 
 def min_snr_weights(alpha_bar: Tensor, gamma: float, prediction: Prediction) -> Tensor:

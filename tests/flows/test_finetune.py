@@ -67,6 +67,16 @@ def test_a_model_can_gain_the_input_of_mask_and_picture(model, tmp_path):
     assert replace(unet, inpainting=False, picture_channels=0) == small_unet()
 
 
+def test_a_model_can_gain_the_input_of_sizes_and_does_so_only_where_asked(model, tmp_path):
+    root = make(request(model, tmp_path, sizes=True))
+    config = load_config(root / "params.yaml")
+    unet = load_preset(str(root / f"raphael/presets/{config.model.preset}.yaml")).unet
+    assert (unet.size_px, unet.vector_dim) == (4, 6) and config.encode.fields[-1] == "sizes"
+    assert replace(unet, size_px=0, vector_dim=0) == small_unet()
+    plain = load_config(make(request(model, tmp_path)) / "params.yaml")
+    assert "sizes" not in plain.encode.fields
+
+
 def test_made_again_nothing_changes_and_another_image_is_another_input(model, tmp_path):
     root = make(request(model, tmp_path))
     before = (root / "params.yaml").read_text()

@@ -1,5 +1,6 @@
 """Inputs that begin at zero, and the plain U-Net that has them, against a second implementation."""
 
+import math
 from dataclasses import fields, replace
 
 import pytest
@@ -11,7 +12,7 @@ from raphael.base.config.preset import PRESETS, RaphaelUNetConfig, load_preset
 from raphael.base.config.unet import PlainUNetConfig, UNetConfig
 from raphael.base.strict import load, to_dict
 from raphael.net.condition import Condition
-from raphael.net.inputs import widened
+from raphael.net.inputs import told_vector, widened
 from raphael.net.moe.unet import RaphaelUNet
 from raphael.net.plain import PlainBlock
 from raphael.net.unet import UNet
@@ -238,3 +239,51 @@ def test_a_plain_config_has_no_field_of_raphael():
 def test_a_shape_that_cannot_be_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         PlainUNetConfig(**{**SHAPE, **change})
+
+
+TOLD = {"vector_dim": 6, "size_px": 4}
+SIZES = torch.tensor([[320.0, 400, 5, 0, 32, 32], [99, 264, 0, 5, 32, 32]])
+
+
+@pytest.mark.parametrize("preset", [load_preset("tiny-debug").unet, KINDS["unconditional"]], ids=["raphael", "plain"])
+@torch.no_grad()
+def test_a_trained_network_gains_sizes_without_changing_a_bit_and_is_told_x_s_own_where_nobody_tells_it(preset):
+    old = filled(make(preset))
+    config = replace(preset, **TOLD)
+    net = make(config, seed=9).eval()
+    load_weights(net, widened(net, old.state_dict()), "the old one")
+    x, t, condition = inputs(config)
+    condition = replace(condition, vector=None)
+    before = old(x, t, condition).prediction
+    for told in (None, SIZES):
+        assert torch.equal(net(x, t, replace(condition, vector=told)).prediction, before)
+    filled(net)
+    own = torch.tensor([32.0, 32, 0, 0, 32, 32]).expand(2, 6)  # 8 x 8, of 4 px a side
+    got = net(x, t, condition).prediction
+    assert torch.equal(net(x, t, replace(condition, vector=own)).prediction, got)
+    assert not torch.allclose(net(x, t, replace(condition, vector=SIZES)).prediction, got, atol=1e-3)
+
+
+@torch.no_grad()
+def test_sizes_are_read_as_sinusoids_of_each_number():
+    """Against a loop in float64; also of weights in bfloat16, to which 1001 px would be 1000."""
+    net = filled(make(replace(KINDS["unconditional"], **TOLD)))
+    layer, width = net.vector_in, net.vector_in.WIDTH
+    large = SIZES + 1001
+    waves = torch.zeros(2, 6 * width, dtype=torch.float64)
+    for row in range(2):
+        for place in range(6):
+            for k in range(width // 2):
+                angle = float(large[row, place]) * 10_000.0 ** (-k / (width // 2))
+                waves[row, place * width + k] = math.cos(angle)
+                waves[row, place * width + width // 2 + k] = math.sin(angle)
+    torch.testing.assert_close(layer(large).double(), waves @ layer.weight.double().T, rtol=1e-3, atol=1e-3)
+    condition = Condition(vector=large)
+    half = layer.to(torch.bfloat16)
+    told = told_vector(net.config, torch.zeros(2, 3, 8, 8, dtype=torch.bfloat16), condition, half)
+    assert torch.equal(told, large)
+
+
+def test_a_network_that_is_told_sizes_reads_six_numbers():
+    with pytest.raises(ValueError, match="vector_dim: got 3 with size_px 4, expected 6"):
+        replace(KINDS["labels"], size_px=4)

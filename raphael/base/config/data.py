@@ -244,7 +244,7 @@ class PictureConfig:
 
 
 # Of a record. raphael/base/records.py says what each is, data_pipeline/encode/fields.py how it is made.
-FieldName = Literal["moments", "pixels", "token_ids", "text", "text_mask", "edges", "label"]
+FieldName = Literal["moments", "pixels", "token_ids", "text", "text_mask", "edges", "label", "sizes"]
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,6 @@ class EfficientUNetConfig(PlainUNetConfig):
             raise ValueError(
                 f"stem_channels: got {self.stem_channels}, expected a multiple of norm_groups {self.norm_groups}"
             )
-        for name, none in (("patch_px", 1), ("pooled_text", False), ("inpainting", False)):
+        for name, none in (("patch_px", 1), ("pooled_text", False), ("inpainting", False), ("size_px", 0)):
             if (got := getattr(self, name)) != none:
                 raise ValueError(f"{name}: got {got}, expected {none}: an Efficient U-Net has no such input")

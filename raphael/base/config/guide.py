@@ -22,7 +22,7 @@ class HalfUNetConfig(PlainUNetConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("out_channels", "context_dim", "picture_channels", "vector_dim", "level_embedding"):
+        for name in ("out_channels", "context_dim", "picture_channels", "vector_dim", "size_px", "level_embedding"):
             if value := getattr(self, name):
                 raise ValueError(f"{name}: got {value}, expected none: a guide reads an image and its timestep alone")
 

@@ -9,6 +9,7 @@ from raphael.base.strict import Range, later
 
 Count = Annotated[int, Range(1)]
 Whole = Annotated[int, Range(0)]
+SIZES = 6  # numbers that tell an image's sizes: raphael/base/images/fit.py, `told_sizes`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,8 @@ class UNetConfig:
     patch_px: Count = later(1)
     # Further inputs. Each begins at zero: a trained network gains one without changing what it computes
     vector_dim: Whole = later(0)  # of a vector added to the timestep's embedding: a label, an image's embedding
+    # px of an image to one of x: the vector is then SIZES numbers, its sizes and crop (SDXL); 0: it is told none
+    size_px: Whole = later(0)
     picture_channels: Whole = later(0)  # of a picture joined to x: a low-resolution one, a masked one and its mask
     level_embedding: bool = later(False)  # the network is told how much the picture was augmented
     inpainting: bool = later(False)  # the picture is what is known of x_0 (raphael/net/inputs.py); none: nothing is
@@ -72,6 +75,11 @@ class UNetConfig:
             raise ValueError(
                 f"picture_channels: got {self.picture_channels} with inpainting, expected {self.latent_channels + 1}: "
                 "a mask and x_0"
+            )
+        if self.size_px and self.vector_dim != SIZES:
+            raise ValueError(
+                f"vector_dim: got {self.vector_dim} with size_px {self.size_px}, expected {SIZES}: height and width "
+                "before scaling, what was cropped above and to the left, height and width"
             )
         if (self.text_layers or self.text_pool) and self.context_dim % self.head_dim:
             got = f"text_layers {self.text_layers}" if self.text_layers else "text_pool"

@@ -84,3 +84,20 @@ def fit(image: Image.Image, height: int, width: int, area: bool = False, pad: bo
     box = (left, top, min(left + crop_width, image.width), min(top + crop_height, image.height))
     way = Image.Resampling.BOX if area and scale < 1 else Image.Resampling.BICUBIC
     return np.asarray(image.convert("RGB").resize((width, height), way, box=box))
+
+
+def told_sizes(
+    original: tuple[int, int], stored: tuple[int, int], size: tuple[int, int], pad: bool = False
+) -> list[int]:
+    """What a network that is told sizes (SDXL, arXiv 2307.01952, section 2.2) reads of an image that `fit` brings to
+    `size`: height and width as it was found, px of the scaled image that are cut off above and to the left, `size`.
+
+    original: before any scaling; stored: of the image that `fit` gets; (height, width) each.
+    """
+    (stored_height, stored_width), (height, width) = stored, size
+    if pad and (stored_height < height or stored_width < width):
+        above, left = max(0, stored_height - height) // 2, max(0, stored_width - width) // 2
+        return [*original, above, left, height, width]
+    scale = max(width / stored_width, height / stored_height)
+    above, left = round((stored_height * scale - height) / 2), round((stored_width * scale - width) / 2)
+    return [*original, above, left, height, width]

@@ -24,7 +24,7 @@ class DdpmSettings:
     diffusion: DiffusionConfig
 
     def __post_init__(self) -> None:
-        for name in ("vector_dim", "context_dim", "picture_channels", "level_embedding"):
+        for name in ("vector_dim", "size_px", "context_dim", "picture_channels", "level_embedding"):
             if value := getattr(self.unet, name):
                 raise ValueError(f"unet.{name}: got {value}, expected none: it reads the label alone, from the records")
         if self.unet.predicted_channels != self.unet.latent_channels:

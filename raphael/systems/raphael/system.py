@@ -57,9 +57,10 @@ def check(config: Config) -> None:
     check_sizes(config, unet.multiple)
 
 
-def edges(config: Config) -> tuple[str, ...]:
-    """Read where the preset has edge heads."""
-    return () if config.model.load().unet.edge_tokens == "none" else ("edges",)
+def further(config: Config) -> tuple[str, ...]:
+    """Edges are read where the preset has edge heads, sizes where its network is told them."""
+    unet = config.model.load().unet
+    return (*(() if unet.edge_tokens == "none" else ("edges",)), *(("sizes",) if unet.size_px else ()))
 
 
 def reported(last: dict[str, float]) -> dict[str, Any]:
@@ -80,7 +81,7 @@ SYSTEM = System(
     training=RaphaelTraining,
     check=check,
     fields=(("moments", "pixels"), "token_ids"),  # as in raphael/base/records.py
-    more_fields=edges,
+    more_fields=further,
     inputs=("models/autoencoder", "models/clip", "data/source/prompts.json"),
     carries={"autoencoder": "models/autoencoder", "text_encoder": "models/clip"},
     parts=(Part("denoiser", losses=("loss", "denoise", "edge", "balance")),),

@@ -82,7 +82,7 @@ def workspace(tmp_path, project, monkeypatch):
 
 def test_the_table_has_every_field_that_a_setting_can_name():
     assert set(fields.ENCODERS) == set(typing.get_args(FieldName))
-    assert {names.MOMENTS, names.PIXELS, names.TOKEN_IDS, names.EDGES, names.LABEL} | {
+    assert {names.MOMENTS, names.PIXELS, names.TOKEN_IDS, names.EDGES, names.LABEL, names.SIZES} | {
         names.TEXT,
         names.TEXT_MASK,
     } == set(fields.ENCODERS)

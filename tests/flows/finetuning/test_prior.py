@@ -1,10 +1,14 @@
 """Somebody's images and as many of the model's own, as one folder with captions."""
 
+from collections import Counter
+
 import pytest
 from PIL import Image
+from truth.own_images import settings
 from truth.tiny_raphael import write_pipeline
 
-from flows.finetuning.prior import join_prior
+from data_pipeline.local_images.kinds import open_collection
+from flows.finetuning.prior import join_prior, prompts_of
 from raphael.base.stage import StageError
 
 
@@ -58,3 +62,27 @@ def test_what_cannot_be_joined_is_one_line(model, tmp_path):
     with pytest.raises(StageError, match="holds something else"):
         join_prior(model, images(tmp_path / "more"), tmp_path / "joined", ("a",))
     assert (tmp_path / "joined/notes").read_text() == "mine"
+
+
+def test_more_of_the_models_images_are_more_varied_and_still_half_of_an_epoch(model, project, tmp_path):
+    mine = images(tmp_path / "mine")
+    for file in mine.glob("*.txt"):
+        file.write_text("a thing")
+    out = join_prior(model, mine, tmp_path / "joined", ("a circle", "a star"), count=6)
+    rows = open_collection(settings(project, "folder", out).source).find(Counter()).rows
+    epoch = Counter({row.caption: 0 for row in rows})
+    for row in rows:
+        epoch[row.caption] += row.repeats
+    assert epoch == {"a thing": 6, "a circle": 3, "a star": 3} and len(rows) == 9
+    with pytest.raises(StageError, match="--prior-images: got 2, expected at least the 3"):
+        join_prior(model, mine, tmp_path / "other", ("a circle",), count=2)
+
+
+def test_prompts_may_stand_in_a_file_one_a_line(tmp_path):
+    (tmp_path / "old.txt").write_text("a circle\n\n  a star \n")
+    assert prompts_of(("a heart", str(tmp_path / "old.txt"))) == ("a heart", "a circle", "a star")
+    with pytest.raises(StageError, match="--prior: .*none.txt: no such file, expected a prompt, or a .txt file"):
+        prompts_of((str(tmp_path / "none.txt"),))
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(StageError, match="got no prompt, expected one a line"):
+        prompts_of((str(tmp_path / "empty.txt"),))
