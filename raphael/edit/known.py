@@ -86,7 +86,7 @@ def inpaint(
     """
     check_mask(mask, image)
     check_share("strength", strength)
-    session = Session(pipeline, how)
+    session = Session(pipeline.painting(), how)
     x0 = session.latents_of(filled(image, mask)).expand(session.count, -1, -1, -1)
     hole = latent_mask(mask, tuple(session.parts.latent_shape[1:])).to(session.device)
 
