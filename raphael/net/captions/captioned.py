@@ -34,7 +34,8 @@ class Captioned(nn.Module):
     def __init__(self, unet: UNetConfig, text: CaptionConfig, block: BlockFactory, known: Tensor | None = None):
         super().__init__()
         if unet.vector_dim != unet.context_dim:
-            raise ValueError(f"vector_dim: got {unet.vector_dim}, expected {unet.context_dim}, context_dim: it is a token")
+            got = f"{unet.vector_dim} with context_dim {unet.context_dim}"
+            raise ValueError(f"vector_dim: got {got}, expected one number: the vector is a token")
         self.text = CaptionTransformer(text, unet.context_length, unet.context_dim, known)
         self.unet = UNet(unet, block)
         self.config = replace(unet, context_dim=1, vector_dim=0)

@@ -54,8 +54,9 @@ class CaptionTransformer(nn.Module):
         """Raises ValueError for ids of another length."""
         if ids.dim() != 2 or ids.shape[1] != self.length:
             raise ValueError(f"ids: got shape {tuple(ids.shape)}, expected (B, {self.length})")
-        x_BNC = (self.tokens(self.rows_of(ids)) + self.positions).float()
-        x_BNC = torch.where(mask_BN[..., None], x_BNC, self.padding.float())
+        exact = self.norm.weight.dtype  # float32 where the matrices are kept in bfloat16
+        x_BNC = self.tokens(self.rows_of(ids)).to(exact) + self.positions.to(exact)
+        x_BNC = torch.where(mask_BN[..., None], x_BNC, self.padding.to(exact))
         for layer in self.layers:
             x_BNC = layer(x_BNC, None)
         return self.norm(x_BNC)

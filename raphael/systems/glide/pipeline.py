@@ -51,7 +51,10 @@ class GlidePipeline(CascadePipeline):
 
         large = read(UPSAMPLER, settings.upsampler)
         noise = noise_of(settings.upsampler.diffusion), prediction_of(settings.upsampler.diffusion)
-        upsampler, text = Upsampler(large, *noise, settings.upsampler.factor), load_text_encoder(folder / "text_encoder")
+        upsampler, text = (
+            Upsampler(large, *noise, settings.upsampler.factor),
+            load_text_encoder(folder / "text_encoder"),
+        )
         pipeline = cls(read(FINETUNE, settings.base), settings.base.diffusion, upsampler, text, meta)
         if INPAINT in meta["parts"]:
             pipeline.inpainter = read(INPAINT, settings.base, **SEEING).eval()

@@ -15,6 +15,9 @@ from raphael.base.strict import ConfigError, Range
 # finetune: the base, trained on with empty captions; inpaint: that one, trained on with pictures that have holes
 BASE, FINETUNE, UPSAMPLER, INPAINT = "base", "finetune", "upsampler", "inpaint"
 SEEING = {"inpainting": True, "picture_channels": 4}  # of the part inpaint's U-Net: it is told a mask and a picture
+# How its models are sampled where nobody says otherwise: clipped estimates and 27 steps of the upsampler as the release
+# has them, the guidance that the paper's raters preferred (arXiv 2112.10741, 5.1)
+SAMPLING = {"guidance_scale": 3.0, "threshold": "static", "upsampler_steps": 27, "upsampler_spacing": "fast27"}
 OF_LATENTS = ("num_probe", "num_knockout_images", "num_swaps")  # of `evaluate`
 
 

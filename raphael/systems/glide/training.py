@@ -12,7 +12,7 @@ from raphael.base.images.growth import COLUMNS, fixed_prompts
 from raphael.base.records import PIXELS, TOKEN_IDS, Records
 from raphael.base.stage import StageError, read_json
 from raphael.base.strict import to_dict
-from raphael.systems.glide.system import BASE, INPAINT, SEEING, SYSTEM, UPSAMPLER
+from raphael.systems.glide.system import BASE, INPAINT, SAMPLING, SEEING, SYSTEM, UPSAMPLER
 from raphael.systems.job import Folders, Training, TrainingJob, decisive
 
 if TYPE_CHECKING:
@@ -186,6 +186,7 @@ def described(config: Config, folders: Folders) -> dict[str, Any]:
         **own,
         "diffusion": own[BASE]["diffusion"],
         "picture": to_dict(config.picture),
+        "sampling": {**SAMPLING, **({} if own[UPSAMPLER]["unet"].get("level_embedding") else {"augmentation": 0.0})},
         "seed": config.train.seed,
     }
 
