@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 import yaml
 from truth.glide_workspace import ROOT, settings, write_glide_workspace
 
+from flows import demo
 from raphael.base.checkpoint.folder import read_checkpoint
 from raphael.base.checkpoint.home import CheckpointHome
 from raphael.base.config.params import load_config
@@ -170,6 +172,26 @@ def test_parts_beside_the_others_change_nothing_of_them(tmp_path: Path) -> None:
     assert [part.name for part in system.trained(more)] == ["base", "finetune", "upsampler", "inpaint"]
     assert identity(plain, Folders.of(tmp_path, tmp_path)) == identity(more, Folders.of(tmp_path, tmp_path))
     assert 1e6 < step_flops(plain) < 1e9
+
+
+def test_make_demo_with_all_parts_trains_what_the_system_has_besides(tmp_path: Path, monkeypatch) -> None:
+    made, ran = [], []
+    monkeypatch.setattr(demo, "make_workspace", lambda *given: made.append(given) or tmp_path)
+    monkeypatch.setattr(
+        demo.subprocess, "run", lambda command, **how: ran.append(command) or SimpleNamespace(returncode=0)
+    )
+    demo.choose_workspace("scenes", "", "glide")
+    demo.choose_workspace("scenes", "", "glide", "all")
+    assert [changes for _, _, changes in made] == [{}, {"train.settings.extra": ["inpaint"]}]
+    demo.train_guides(tmp_path, "glide")
+    assert [command[-4:] for command in ran] == [["--guide", "clip", "--workspace", str(tmp_path)]]
+    monkeypatch.setattr(demo.subprocess, "run", lambda *given, **how: SimpleNamespace(returncode=1))
+    with pytest.raises(StageError, match="the guide clip was not trained; the same command resumes it"):
+        demo.train_guides(tmp_path, "glide")
+    with pytest.raises(
+        ConfigError, match="PARTS: got all with SYSTEM=ddpm, which has no parts besides; expected glide"
+    ):
+        demo.choose_workspace("scenes", "", "ddpm", "all")
 
 
 def run_train(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
