@@ -26,7 +26,7 @@ def of_ids(ids: Tensor, mask: Tensor) -> Condition:
 
 class Captioned(nn.Module):
     """The transformer's tokens are the context of every attention of the U-Net, padding included; the last token is
-    added to the timestep's embedding (GLIDE, arXiv 2112.10741, section 2.1).
+    added to the timestep's embedding (GLIDE, arXiv 2112.10741, section 4.1).
 
     config: as a caller sees it, of a network that reads tokens of width 1 and no vector. known: of CaptionTransformer.
     """
