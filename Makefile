@@ -9,6 +9,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 CODE := $(wildcard raphael data_pipeline flows tests benchmarks)
 SOURCE ?= scenes
 SYSTEM ?= raphael
+PARTS ?=
 COCO_DIR ?=
 PORT ?= 8000
 WHEN_DONE = $(VENV)/.ready-$(shell cat requirements.lock pyproject.toml | cksum | tr -s ' ' '-')
@@ -59,8 +60,8 @@ browser: setup  ## add what the tests of the page need: Debian's chromium, its d
 	@npm ci --silent --ignore-scripts --no-audit --no-fund --prefix tests/serve/page
 
 .PHONY: demo
-demo: setup  ## the whole chain, from links to the report (SOURCE=coco COCO_DIR=folder: on photographs; SYSTEM=NAME: another model)
-	@python -m flows.demo --source "$(SOURCE)" --coco-dir "$(COCO_DIR)" --system "$(SYSTEM)"
+demo: setup  ## the whole chain, from links to the report (SOURCE=coco COCO_DIR=folder: on photographs; SYSTEM=NAME: another model, PARTS=all: all of it)
+	@python -m flows.demo --source "$(SOURCE)" --coco-dir "$(COCO_DIR)" --system "$(SYSTEM)" --parts "$(PARTS)"
 
 .PHONY: repro
 repro: setup  ## the same work without Prefect: what changed, in DVC's order

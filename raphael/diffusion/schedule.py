@@ -132,6 +132,42 @@ class Schedule(Noise):
         return torch.cat([self.sigma[t], torch.zeros(1, dtype=torch.float64)])
 
 
+FAST27 = (10, 10, 3, 2, 2)  # steps in each fifth of the timesteps, from clean to noisy
+
+
+def section_timesteps(counts: tuple[int, ...], num_steps: int) -> list[int]:
+    """Rising timesteps: as many as `counts` says in each of len(counts) equal sections of 0 to num_steps - 1, from the
+    section's first to its last, equally spaced and rounded (half to even); of a count of 1 its first. Where num_steps
+    is no multiple, the first sections are longer by one (guided-diffusion's `space_timesteps`, 2105.05233).
+
+    Raises ValueError where a section is shorter than its count.
+    """
+    length, longer = divmod(num_steps, len(counts))
+    found, first = [], 0
+    for number, count in enumerate(counts):
+        size = length + (number < longer)
+        if size < count:
+            raise ValueError(f"spacing: got {count} steps for {size} timesteps, expected at most as many")
+        stride = (size - 1) / max(1, count - 1)
+        found += [first + round(stride * step) for step in range(count)]
+        first += size
+    return found
+
+
+def fast27_timesteps(num_steps: int) -> list[int]:
+    """The 27 of GLIDE's upsampler (its release's `fast27`): FAST27, but T - 3 in the place of T - 1, where an error of
+    DDIM's first step is largest. Rising."""
+    return [*section_timesteps(FAST27, num_steps)[:-1], num_steps - 3]
+
+
+def spaced_sigmas(noise: Noise, spacing: str, steps: int) -> Tensor:
+    """(steps + 1,) float64, falling to 0. spacing: trailing, which is the noise's own way, or fast27."""
+    if spacing == "trailing":
+        return noise.sampling_sigmas(steps)
+    t = torch.tensor(fast27_timesteps(noise.num_steps)[::-1])
+    return torch.cat([noise.sigma_at(t).double(), torch.zeros(1, dtype=torch.float64)])
+
+
 def zero_terminal(alpha_bar: Tensor) -> Tensor:
     """alpha_bar (T,) moved so that its last value is exactly 0 (arXiv 2305.08891, algorithm 1).
 

@@ -63,7 +63,8 @@ def image_to_image(
     without = drawn if first == 0 else session.draw(cond, aside=True)
     facts = session.facts("image-to-image", prompt=prompt, strength=strength)
     labels = ("the picture", f"strength {strength:g}", "from noise alone")
-    return Edited(_each(image, session), session.decode(drawn), session.decode(without), labels, facts)
+    result = session.decode(drawn, cond)
+    return Edited(_each(image, session), result, session.decode(without, cond), labels, facts)
 
 
 def inpaint(
@@ -86,7 +87,7 @@ def inpaint(
     """
     check_mask(mask, image)
     check_share("strength", strength)
-    session = Session(pipeline, how)
+    session = Session(pipeline.painting(), how)
     x0 = session.latents_of(filled(image, mask)).expand(session.count, -1, -1, -1)
     hole = latent_mask(mask, tuple(session.parts.latent_shape[1:])).to(session.device)
 
@@ -97,9 +98,9 @@ def inpaint(
     shown_to = replace(cond, picture=known_picture(x0, (~hole).expand(session.count, -1, -1, -1))) if sees else cond
     first = session.settings.steps - round(strength * session.settings.steps)
     start = noised(x0, session.noise().start(), float(session.sigmas[first])) if first else None
-    drawn = session.decode(session.draw(shown_to, wrap, start=start, first=first))
+    drawn = session.decode(session.draw(shown_to, wrap, start=start, first=first), cond)
     result = pasted(image, drawn, mask, feather_px)
-    without = session.decode(session.draw(cond, aside=True))
+    without = session.decode(session.draw(cond, aside=True), cond)
     share = round(float(mask.mean()), 6)
     told = {"feather_px": feather_px, "strength": strength, "drawn_share": share, "picture_in_input": sees}
     facts = session.facts("inpaint", prompt=prompt, **told)

@@ -23,7 +23,15 @@ from raphael.base.precision import autocast
 from raphael.base.stage import write_json
 from raphael.diffusion.denoiser import Denoiser
 from raphael.diffusion.samplers import Callback, sample
-from raphael.diffusion.sampling import ImageNoise, ImageSeed, decode_images, encode_texts, evaluating, guided_denoiser
+from raphael.diffusion.sampling import (
+    ImageNoise,
+    ImageSeed,
+    Order,
+    decode_images,
+    encode_texts,
+    evaluating,
+    guided_denoiser,
+)
 from raphael.diffusion.schedule import Noise
 from raphael.generate.pipeline import Pipeline
 from raphael.net.condition import Condition
@@ -196,8 +204,13 @@ class Session:
 
         return both
 
-    def decode(self, latents: Tensor) -> np.ndarray:
-        """-> uint8 (n, H, W, 3)."""
+    def decode(self, latents: Tensor, cond: Condition | None = None) -> np.ndarray:
+        """-> uint8 (n, H, W, 3). cond: what the rows are of, by which a cascade's second network enlarges them; without
+        it a cascade's images stay as small as they were drawn."""
+        if self.parts.then is not None and cond is not None and self.settings.until == "end":
+            null, noise = encode_texts(self.parts, [self.how.negative_prompt]), self.noise(len(latents) // self.count)
+            with torch.inference_mode():
+                latents = self.parts.then(latents, Order(cond, null, noise, self.settings))
         return decode_images(self.parts, latents)
 
     def latents_of(self, image: np.ndarray) -> Tensor:

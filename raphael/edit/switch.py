@@ -52,6 +52,6 @@ def switch(pipeline: Pipeline, first: str, second: str, share: float, how: How =
     def wrap(denoiser: Denoiser) -> Denoiser:
         return Switched(denoiser, session.parts.schedule, later, (2.0,) * n + (share,) * n + (2.0,) * n)
 
-    source, result, without = split(session.decode(session.draw(cond, wrap)), 3)
+    source, result, without = split(session.decode(session.draw(cond, wrap), cond), 3)
     facts = session.facts("switch", prompt=first, target=second, share=share)
     return Edited(source, result, without, (first, f"switched at {100 * share:g} %", second), facts)

@@ -54,9 +54,8 @@ def variations(
     others = [(how.seed, 1 + index) for index in range(n)]
     other = ImageNoise(others, session.parts.latent_shape, session.device).start()
     start = torch.cat([own, slerp(own, other, strength, (1, 2, 3)), other])
-    source, result, without = split(
-        session.decode(session.draw(session.condition(prompt, prompt, prompt), start=start)), 3
-    )
+    cond = session.condition(prompt, prompt, prompt)
+    source, result, without = split(session.decode(session.draw(cond, start=start), cond), 3)
     facts = session.facts("vary", prompt=prompt, strength=strength)
     return Edited(source, result, without, ("seed's own", f"varied by {strength:g}", "another's"), facts)
 
@@ -90,7 +89,7 @@ def interpolate(
     cond = joined([between(one, other, share) for share in shares])
     # every image has the fresh noise of index 0, where a sampler adds any
     session.seeds = [(how.seed, 0)] * n
-    images = session.decode(session.draw(cond, start=start))
+    images = session.decode(session.draw(cond, start=start), cond)
     mixed = np.stack([np.rint((1 - share) * images[0] + share * images[-1]) for share in shares]).astype(np.uint8)
     facts = session.facts("interpolate", prompt=prompt, target=target or prompt, target_seed=target_seed, shares=shares)
     labels = ("the first end", "between the two", "pixels mixed")
@@ -104,6 +103,10 @@ def between(one: Condition, other: Condition, share: float) -> Condition:
     """
     if share in (0.0, 1.0):
         return other if share else one
+    if one.tokens is not None and not one.tokens.is_floating_point():  # ids: there is no word between two words
+        if not (torch.equal(one.tokens, other.tokens) and torch.equal(one.mask, other.mask)):
+            raise ValueError("target: got another prompt, expected none: the model reads token ids, which do not mix")
+        return one
     changes = {}
     if one.tokens is not None:
         tokens = slerp(one.tokens, other.tokens, share, (2,))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from raphael.base.randomness import SampleRng
 from raphael.base.records import LABEL, NO_LABEL, TOKEN_IDS
+from raphael.diffusion.cascade import shrunk
 from raphael.diffusion.schedule import Noise
 from raphael.net.latents import moments_of, sample_latents
 from raphael.objectives.contrastive import MAX_LOG_SCALE, contrastive_loss
@@ -25,16 +26,24 @@ FIRST_SCALE = 1 / 0.07  # of a CLIP's logits, at the start (arXiv 2103.00020, se
 
 class _Noised(nn.Module):
     """network: of (x_t (B, C, h, w), t (B,)) -> (B, D). scale: (factor, shift) of latents, (mean - shift) * factor;
-    (1, 0) of pixels. shift: where in time it is trained (`shifted`), 1: everywhere alike."""
+    (1, 0) of pixels. shift: where in time it is trained (`shifted`), 1: everywhere alike. shrink: side of the records'
+    images / side of what is noised, means of areas: of what a cascade's first network draws."""
 
-    def __init__(self, network: nn.Module, noise: Noise, scale: tuple[float, float] = (1.0, 0.0), shift: float = 1.0):
+    def __init__(
+        self,
+        network: nn.Module,
+        noise: Noise,
+        scale: tuple[float, float] = (1.0, 0.0),
+        shift: float = 1.0,
+        shrink: int = 1,
+    ):
         super().__init__()
-        self.network, self.noise, self.scale, self.shift = network, noise, scale, shift
+        self.network, self.noise, self.scale, self.shift, self.shrink = network, noise, scale, shift, shrink
 
     def embed(self, batch: Mapping[str, Tensor], rng: SampleRng, places: Tensor) -> tuple[Tensor, Tensor]:
         """(what the network says (B, D) float32, the timesteps t (B,)) of a batch noised at the shares `places` (B,) of
         the timesteps, in [0, 1)."""
-        x0 = sample_latents(moments_of(batch), *self.scale)
+        x0 = shrunk(sample_latents(moments_of(batch), *self.scale), self.shrink)
         t = self.noise.timesteps(places).to(x0.device)
         eps = rng.normal("noise", tuple(x0.shape[1:])).to(x0.device)
         return self.network(self.noise.add_noise(x0, eps, t), t).float(), t
@@ -92,8 +101,9 @@ class NoisedClip(_Noised):
         encode_text: Callable[[Tensor], Tensor],
         scale: tuple[float, float] = (1.0, 0.0),
         shift: float = 1.0,
+        shrink: int = 1,
     ):
-        super().__init__(network, noise, scale, shift)
+        super().__init__(network, noise, scale, shift, shrink)
         self.encode_text = encode_text
         self.log_scale = nn.Parameter(torch.tensor(math.log(FIRST_SCALE)))
 

@@ -4,6 +4,7 @@ one that enlarges images (Imagen, arXiv 2205.11487, figure A.32)."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,9 @@ from raphael.diffusion.cascade import augmented, shrunk, with_picture
 from raphael.diffusion.prediction import Prediction, about, training_pair
 from raphael.diffusion.schedule import Noise
 from raphael.net.condition import Condition
+from raphael.net.inputs import known_picture
 from raphael.net.latents import moments_of, sample_latents
+from raphael.objectives.holes import known_masks
 from raphael.objectives.timesteps import by_quarter, shifted
 
 Told = Callable[[Mapping[str, Tensor], Tensor | None], Condition]
@@ -26,6 +29,7 @@ class PlainDenoising(nn.Module):
     share. shift: where in time it is trained (`shifted`), 1: uniformly. Latents are (mean - shift) * factor of the
     records' means, scale = (factor, shift): as they are of pixels in [-1, 1]; an autoencoder has its own. shrink: side
     of the records' images / side of those that it is trained on, means of areas: of a cascade's first network.
+    A network with `inpainting` is shown what is left of x_0 around random holes (raphael/objectives/holes.py).
     """
 
     def __init__(
@@ -72,7 +76,11 @@ class PlainDenoising(nn.Module):
         return (predicted - target).square().flatten(1).mean(1)
 
     def _condition(self, batch: Mapping[str, Tensor], dropped: Tensor | None, x0: Tensor, rng: SampleRng) -> Condition:
-        return self.told(batch, dropped)
+        told = self.told(batch, dropped)
+        if not getattr(getattr(self.unet, "config", None), "inpainting", False):
+            return told
+        known = known_masks(rng, *x0.shape[2:]).to(x0.device)
+        return replace(told, picture=known_picture(x0, known))
 
     def _x0(self, batch: Mapping[str, Tensor]) -> Tensor:
         return shrunk(sample_latents(moments_of(batch), *self.scale), self.shrink)
@@ -83,7 +91,8 @@ class Enlarging(PlainDenoising):
 
     These are means of areas, with noise conditioning augmentation of a level uniform in [0, highest], drawn for each
     sample, and the level is told. A dropped sample keeps its picture: what is dropped is the text. highest: the paper's
-    is 1; sampling asks for no level above some 0.3, and each level is learned apart.
+    is 1; sampling asks for no level above some 0.3, and each level is learned apart. None: they are as they are, and no
+    level is told (GLIDE).
     """
 
     def __init__(
@@ -95,14 +104,15 @@ class Enlarging(PlainDenoising):
         drop: float = 0.0,
         shift: float = 1.0,
         factor: int = 2,
-        highest: float = 1.0,
+        highest: float | None = 1.0,
     ):
         super().__init__(unet, noise, prediction, told, drop, shift)
         self.factor, self.highest = factor, highest
 
     def _condition(self, batch: Mapping[str, Tensor], dropped: Tensor | None, x0: Tensor, rng: SampleRng) -> Condition:
-        low = shrunk(x0, self.factor)
+        low, text = shrunk(x0, self.factor), self.told(batch, dropped)
+        if self.highest is None:
+            return with_picture(text, low, None, self.factor, self.schedule.num_steps)
         eps = rng.normal("augmentation noise", tuple(low.shape[1:])).to(low.device)
         level = self.highest * rng.uniform("augmentation level").to(low.device)
-        text = self.told(batch, dropped)
         return with_picture(text, augmented(low, eps, level), level, self.factor, self.schedule.num_steps)

@@ -13,7 +13,7 @@ from raphael.base.strict import ConfigError
 if TYPE_CHECKING:
     from raphael.base.config.systems import System
 
-SYSTEMS = ("raphael", "ddpm", "imagen")  # packages here
+SYSTEMS = ("raphael", "ddpm", "imagen", "glide")  # packages here
 
 
 def find(name: str, key: str = "model.system") -> System:

@@ -48,6 +48,10 @@ class CascadePipeline(Pipeline):
         return self.upsampler.factor
 
     @property
+    def space(self) -> str:  # type: ignore[override]
+        return f"{Pipeline.space} at 1 / {self.upsampler.factor} of the side"
+
+    @property
     def multiple_px(self) -> int:
         return math.lcm(self.upsampler.factor * self.unet.config.multiple, self.upsampler.unet.config.multiple)
 

@@ -32,7 +32,7 @@ def finished(config: Config, folders: Folders) -> Trained:
     from raphael.base.checkpoint.home import CheckpointHome
 
     found = {}
-    for part in find_system(config.model.system).parts:
+    for part in find_system(config.model.system).trained(config):
         home = CheckpointHome(folders_of(folders, config, part.name).checkpoints)
         groups, meta = home.newest()
         if config.train.export == "best" and (best := home.best()) is not None:

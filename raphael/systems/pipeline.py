@@ -378,6 +378,10 @@ class Pipeline(Adaptable):
         """Images (B, 3, H, W) in [-1, 1] -> what is diffused, the mean of it: `decode`'s way back."""
         return images
 
+    def painting(self) -> Pipeline:
+        """Itself as it inpaints: with the network that sees mask and picture, where a system has one apart."""
+        return self
+
     def asked_for(self, captions: list[str]) -> list[str]:
         """What a prompt would be for images with these captions: of a model by texts the captions themselves."""
         return captions

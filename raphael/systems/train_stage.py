@@ -72,7 +72,7 @@ def train_parts(job: TrainingJob, stage: Stage) -> list[float]:
     from raphael.systems.export import folders_of
 
     found = []
-    for part in job.system.parts:
+    for part in job.system.trained(job.config):
         folders = folders_of(job.folders, job.config, part.name)
         revisions = revisions_of(stage, folders, job.git_revision)
         each = replace(job, folders=folders, revisions=revisions)

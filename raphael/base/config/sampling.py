@@ -16,7 +16,8 @@ from raphael.base.strict import LATER, Range, to_dict
 SamplerName = Literal["ddpm", "ddim", "euler", "heun", "dpmpp_2m", "unipc", "euler_ancestral"]
 ThresholdKind = Literal["none", "static", "dynamic"]
 LongPrompts = Literal["cut", "chunks"]
-OF_CASCADES = ("until", "upsampler_steps", "upsampler_guidance", "augmentation")  # options of models that have several
+# options of models that have several networks
+OF_CASCADES = ("until", "upsampler_steps", "upsampler_guidance", "augmentation", "upsampler_spacing")
 OF_SAMPLERS: dict[str, tuple[SamplerName, ...]] = {"eta": ("ddim",), "variance": ("ddpm",)}  # options of those alone
 
 
@@ -52,6 +53,9 @@ class Sampling:
     upsampler_steps: Count = option(10, "denoising steps of a cascade's upsampler", later=True)
     upsampler_guidance: Annotated[float, Range(0)] = option(1.0, "guidance scale of it; 1: none", later=True)
     augmentation: Share = option(0.1, "noise on what it enlarges: 0 none, 1 nothing else", later=True)
+    upsampler_spacing: Literal["trailing", "fast27"] = option(
+        "trailing", "its noise levels: equal steps of time, or the 27 of GLIDE, most of them near the end", later=True
+    )
 
     def __post_init__(self) -> None:
         for name, samplers in OF_SAMPLERS.items():
@@ -61,6 +65,11 @@ class Sampling:
                     f"{name}: got {_short(got)} with sampler {self.sampler}, expected {_short(default)}: only "
                     f"{', '.join(samplers)} has it"
                 )
+        if self.upsampler_spacing == "fast27" and self.upsampler_steps != 27:
+            raise ValueError(
+                f"upsampler_steps: got {self.upsampler_steps} with upsampler_spacing fast27, expected 27; or set "
+                "upsampler_spacing trailing"
+            )
         if not 0 <= self.eta <= 1:
             raise ValueError(
                 f"eta: got {self.eta:g}, expected a number from 0 (deterministic) to 1 (the noise of ddpm)"

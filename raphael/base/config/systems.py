@@ -52,7 +52,9 @@ class System:
     how it is trained, beside the loop. check: what it asks of the settings together; raises ConfigError.
     inputs: what its training reads in a workspace, beside the records. fields: what these must hold, of a tuple any
     one; more_fields: what besides, by these settings. carries: what the trained model takes along, name -> its place in
-    the workspace. parts: in their order.
+    the workspace. parts: in their order. extra: parts that are trained only where train.settings.extra names them;
+    their shares are beside those of the others. guides: kinds of raphael/systems/guides that `make demo PARTS=all`
+    trains beside the model.
     asked: what `raphael generate` is given, as an example.
     prompts(meta, listed): what the stage generate asks a model with this meta.json for, of data/source/prompts.json.
     reported(last): the last point of the losses, as reports/train.json shows it.
@@ -78,11 +80,13 @@ class System:
     tuned: Callable[[Any, int], dict[str, Any]] = lambda settings, side_px: {}
     studied: Studied = field(default_factory=Studied)
     imported: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    extra: tuple[Part, ...] = ()
+    guides: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        names = [part.name for part in self.parts]
-        assert names and len(set(names)) == len(names), f"{self.name}: parts {names}"
-        for at, part in enumerate(self.parts):
+        names = [part.name for part in (*self.parts, *self.extra)]
+        assert self.parts and len(set(names)) == len(names), f"{self.name}: parts {names}"
+        for at, part in enumerate((*self.parts, *self.extra)):
             assert set(part.needs) <= set(names[:at]), f"{self.name}: {part.name} needs {part.needs}, which come later"
         assert abs(sum(part.share for part in self.parts) - 1) < 1e-9, f"{self.name}: shares of the parts"
 
@@ -91,7 +95,12 @@ class System:
         return (*self.fields, *self.more_fields(config))
 
     def part(self, name: str) -> Part:
-        return next(part for part in self.parts if part.name == name)
+        return next(part for part in (*self.parts, *self.extra) if part.name == name)
+
+    def trained(self, config: Config) -> tuple[Part, ...]:
+        """The parts that a training by these settings has, in their order."""
+        asked = getattr(config.training(), "extra", ()) if self.extra else ()
+        return (*self.parts, *(part for part in self.extra if part.name in asked))
 
 
 def find_system(name: str, key: str = "model.system") -> System:

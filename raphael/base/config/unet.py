@@ -114,3 +114,13 @@ class PlainUNetConfig(UNetConfig):
         super().__post_init__()
         if self.joined_text and not (self.context_dim and self.self_attention):
             raise ValueError("joined_text: got true, expected a context_dim and self_attention to join")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionConfig:
+    """Of a text transformer that is trained with a U-Net (raphael/net/captions): the U-Net's context_length is the
+    length of its captions, context_dim its width."""
+
+    vocabulary: Whole = 0  # token vectors; 0: one for each token of the training's captions, and one for all others
+    layers: Count
+    head_dim: Count

@@ -67,17 +67,19 @@ def build(job: GuideJob) -> NoisedClassifier | NoisedClip:
     """The objective, its network initialised from the seed. Raises StageError where model and records do not fit."""
     pipeline, records, settings = job.pipeline, job.records, job.settings
     check_fit(job)
-    shape = latent_shape(records.fields)
+    channels, *sides = latent_shape(records.fields)
+    shrink = pipeline.downsampling if PIXELS in records.fields else 1
     if job.kind == "classifier":
         embedding = len(records.facts[LABEL]["classes"])
     else:
         embedding = pipeline.embed_texts([""]).shape[1]
     last = settings.network.patch_px * 2 ** (len(settings.network.channels) - 1)
-    sizes = {"latent_channels": shape[0], "embedding_dim": embedding, "pool_side": max(1, max(shape[1:]) // last)}
+    side = max(1, max(sides) // shrink // last)
+    sizes = {"latent_channels": channels, "embedding_dim": embedding, "pool_side": side}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         network = HalfUNet(replace(settings.network, **sizes)).to(memory_format=torch.channels_last)
-    common = {"scale": pipeline.latent_scale, "shift": settings.timestep_shift}
+    common = {"scale": pipeline.latent_scale, "shift": settings.timestep_shift, "shrink": shrink}
     if job.kind == "classifier":
         objective: Any = NoisedClassifier(network, pipeline.schedule, **common)
     else:

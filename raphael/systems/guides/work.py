@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> Path:
     records = root / "data/records"
     if not records.is_dir():
         raise StageError(f"{records}: absent; run the stages before it: cd {root} && dvc repro encode")
-    settings = settings_of(arguments.guide, pipeline.space == Pipeline.space, parsed(arguments.set))
+    settings = settings_of(arguments.guide, pipeline.space.startswith(Pipeline.space), parsed(arguments.set))
     job = GuideJob(arguments.guide, pipeline, Records(records), settings, str(root / "params.yaml"), device)
     stage = Stage(f"guide_{arguments.guide}", root)
     with only_run(stage.name, root):

@@ -73,7 +73,7 @@ def test_a_setting_with_a_default_can_be_set_where_the_file_leaves_it_out(
         settings.merged(params, {"filter.max_side": 150})
 
 
-OVERLAYS = ["params.debug.yaml", "params.coco.yaml", "params.scenes.yaml", "params.ddpm.yaml", "params.imagen.yaml"]
+OVERLAYS = [f"params.{name}.yaml" for name in ("debug", "coco", "scenes", "ddpm", "imagen", "glide")]
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
