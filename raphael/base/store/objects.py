@@ -26,11 +26,12 @@ import xxhash
 
 from raphael.base.files import written_whole
 from raphael.base.stage import StageError
+from raphael.base.store.address import check_address
 
-SCHEMES = ("s3", "gs", "file")
 # Between the attempts: a burst of errors is over at once, a server that restarts takes half a minute.
 WAITS_S: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 CONNECT_S, SILENT_S = 10.0, 30.0  # until a connection is there; silence on one
+DOWNLOADS = 3  # of an object whose bytes are not what they should be: the network's fault or the store's
 PARTS = 3  # attempts at one request, by the library itself
 BLOCK_BYTES = 8 << 20  # of one request: what is cut off costs no more than that again
 DENIED = ("ACCESS_DENIED", "AccessDenied", "HTTP status 403", "Forbidden", "INVALID_ACCESS_KEY", "SIGNATURE_DOES_NOT")
@@ -49,17 +50,6 @@ class MissingObject(StoreError):
 
 class DamagedObject(StoreError):
     """An object has other bytes than were written."""
-
-
-def check_address(address: str) -> None:
-    """Raises ValueError for what is no address of a store."""
-    parts = urlsplit(address)
-    there = parts.path.startswith("/") if parts.scheme == "file" else parts.netloc
-    if parts.scheme not in SCHEMES or not there or parts.query or parts.fragment or "@" in parts.netloc:
-        raise ValueError(
-            f"got {address!r}, expected s3://bucket/prefix, gs://bucket/prefix or file:///folder; credentials come "
-            "from the environment (AWS_ACCESS_KEY_ID and so on), never from an address"
-        )
 
 
 @dataclass(frozen=True)
@@ -124,14 +114,14 @@ class Store:
     def get(self, name: str, into: Path, size: int, kind: str, digest: str) -> None:
         """An object as a file, whole and compared. kind: of its hash, "sha256" or "xxh3".
 
-        Raises MissingObject, and DamagedObject where two downloads have other bytes.
+        Raises MissingObject, and DamagedObject where all of DOWNLOADS have other bytes.
         """
         with written_whole(into, lasting=False) as temporary:
             self.fill(name, temporary, size, kind, digest)
 
     def fill(self, name: str, into: Path, size: int, kind: str, digest: str) -> None:
         """`get` into a file that counts for nobody yet; one that is there keeps its length while it is filled."""
-        for _ in range(2):
+        for _ in range(DOWNLOADS):
             got = self._receive(name, into, size, HASHES[kind]())
             if got == digest:
                 return
@@ -151,8 +141,10 @@ class Store:
 
     def size(self, name: str) -> int | None:
         """Bytes of an object; None where there is none."""
-        found = self._again(name, lambda: self.system.get_file_info(self._path(name)))
-        return found.size if found.is_file else None
+        try:
+            return self._again(name, lambda: self._there(name))
+        except MissingObject:
+            return None
 
     def entries(self, folder: str) -> dict[str, Entry]:
         """The objects below a folder, by their names there; {} where there are none."""
@@ -168,7 +160,7 @@ class Store:
         }
 
     def remove(self, *names: str) -> None:
-        """Objects, where they are there."""
+        """Objects, where they are there. Arrow then leaves an empty object of their folder's name."""
         for name in names:
             try:
                 self._again(name, functools.partial(self.system.delete_file, self._path(name)))
@@ -177,12 +169,10 @@ class Store:
 
     def remove_folder(self, folder: str) -> None:
         """A folder with all that is in it, where it is there."""
-        self._again(
-            folder, lambda: self.system.delete_dir_contents(self._path(folder), missing_dir_ok=True)
-        )
+        self._again(folder, lambda: self.system.delete_dir_contents(self._path(folder), missing_dir_ok=True))
 
     def _path(self, name: str) -> str:
-        return f"{self.prefix}/{name}"
+        return f"{self.prefix}/{name}" if name else self.prefix
 
     def _local(self, name: str) -> Any:
         path = Path(self._path(name))
@@ -192,9 +182,13 @@ class Store:
     def _send(self, path: Path, name: str, size: int) -> None:
         with open(path, "rb") as file, self.system.open_output_stream(self._path(name)) as stream:
             shutil.copyfileobj(file, stream, BLOCK_BYTES)
-        there = self.system.get_file_info(self._path(name))
-        if there.size != size:
-            raise OSError(f"got {there.size} bytes after sending {size}")
+        if (there := self._there(name)) != size:
+            raise OSError(f"got {there} bytes after sending {size}")
+
+    def _there(self, name: str) -> int:
+        """Bytes of an object, in one request."""
+        with self.system.open_input_file(self._path(name)) as opened:
+            return opened.size()
 
     def _receive(self, name: str, into: Path, size: int, digest: Any) -> str:
         """Block by block, so that only what was cut off is asked for again. Returns the hash."""
