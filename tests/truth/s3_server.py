@@ -119,7 +119,7 @@ class FaultyProxy:
         return f"http://127.0.0.1:{self.server.server_port}"
 
     def __enter__(self) -> FaultyProxy:
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": self}))
         self.server.daemon_threads = True
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
         return self
@@ -137,93 +137,91 @@ class FaultyProxy:
         return kind
 
 
-def _handler(proxy: FaultyProxy) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class _Handler(BaseHTTPRequestHandler):
+    proxy: FaultyProxy
+    protocol_version = "HTTP/1.1"
 
-        def pass_on(self) -> None:
-            fault = proxy.next(self.command, self.path)
-            body = self._body()
-            if fault == "closed":
-                self._end()
-            elif fault in ("500", "503"):
-                self._answer(int(fault), b"<Error><Code>InternalError</Code></Error>")
-            elif fault == "denied":
-                self._answer(403, b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>")
-            elif fault == "cut request" and body:
-                self._half(body)
-                self._end()
-            else:
-                if fault == "slow":
-                    time.sleep(0.2)
-                self._relay(body, fault)
+    def pass_on(self) -> None:
+        fault = self.proxy.next(self.command, self.path)
+        body = self._body()
+        if fault == "closed":
+            self._end()
+        elif fault in ("500", "503"):
+            self._answer(int(fault), b"<Error><Code>InternalError</Code></Error>")
+        elif fault == "denied":
+            self._answer(403, b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>")
+        elif fault == "cut request" and body:
+            self._half(body)
+            self._end()
+        else:
+            if fault == "slow":
+                time.sleep(0.2)
+            self._relay(body, fault)
 
-        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = pass_on
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = pass_on
 
-        def _body(self) -> bytes:
-            if "chunked" in self.headers.get("Transfer-Encoding", ""):
-                parts = b""
-                while size := int(self.rfile.readline().split(b";")[0], 16):
-                    parts += self.rfile.read(size)
-                    self.rfile.readline()
+    def _body(self) -> bytes:
+        if "chunked" in self.headers.get("Transfer-Encoding", ""):
+            parts = b""
+            while size := int(self.rfile.readline().split(b";")[0], 16):
+                parts += self.rfile.read(size)
                 self.rfile.readline()
-                return parts
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.rfile.readline()
+            return parts
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
-        def _headers(self, body: bytes) -> dict[str, str]:
-            skipped = ("transfer-encoding", "content-length", "connection", "expect")
-            kept = {name: value for name, value in self.headers.items() if name.lower() not in skipped}
-            return {**kept, "Content-Length": str(len(body)), "Connection": "close"}
+    def _headers(self, body: bytes) -> dict[str, str]:
+        skipped = ("transfer-encoding", "content-length", "connection", "expect")
+        kept = {name: value for name, value in self.headers.items() if name.lower() not in skipped}
+        return {**kept, "Content-Length": str(len(body)), "Connection": "close"}
 
-        def _half(self, body: bytes) -> None:
-            with socket.create_connection(("127.0.0.1", proxy.port)) as there:
-                lines = [f"{self.command} {self.path} HTTP/1.1"]
-                lines += [f"{name}: {value}" for name, value in self._headers(body).items()]
-                there.sendall("\r\n".join([*lines, "", ""]).encode() + body[: len(body) // 2])
+    def _half(self, body: bytes) -> None:
+        with socket.create_connection(("127.0.0.1", self.proxy.port)) as there:
+            lines = [f"{self.command} {self.path} HTTP/1.1"]
+            lines += [f"{name}: {value}" for name, value in self._headers(body).items()]
+            there.sendall("\r\n".join([*lines, "", ""]).encode() + body[: len(body) // 2])
 
-        def _relay(self, body: bytes, fault: str) -> None:
-            there = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=30)
-            try:
-                there.request(self.command, self.path, body or None, self._headers(body))
-                answer = there.getresponse()
-                data = answer.read()
-            finally:
-                there.close()
-            is_data = self.command == "GET" and answer.status == 206 and data
-            if fault == "flipped" and is_data:
-                data = data[:-1] + bytes([data[-1] ^ 1])
-            self.send_response(answer.status)
-            for name, value in answer.getheaders():
-                checked = name.lower().startswith("x-amz-checksum") and fault == "flipped"
-                if not checked and name.lower() not in ("transfer-encoding", "content-length", "connection", "date"):
-                    self.send_header(name, value)
-            length = answer.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
-            self.send_header("Content-Length", length or "0")
-            self.end_headers()
-            if fault == "cut answer" and self.command != "HEAD":
-                self.wfile.write(data[: len(data) // 2])
-                self._end()
-            elif self.command != "HEAD":
-                self.wfile.write(data)
+    def _relay(self, body: bytes, fault: str) -> None:
+        there = http.client.HTTPConnection("127.0.0.1", self.proxy.port, timeout=30)
+        try:
+            there.request(self.command, self.path, body or None, self._headers(body))
+            answer = there.getresponse()
+            data = answer.read()
+        finally:
+            there.close()
+        is_data = self.command == "GET" and answer.status == 206 and data
+        if fault == "flipped" and is_data:
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        self.send_response(answer.status)
+        for name, value in answer.getheaders():
+            checked = name.lower().startswith("x-amz-checksum") and fault == "flipped"
+            if not checked and name.lower() not in ("transfer-encoding", "content-length", "connection", "date"):
+                self.send_header(name, value)
+        length = answer.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
+        self.send_header("Content-Length", length or "0")
+        self.end_headers()
+        if fault == "cut answer" and self.command != "HEAD":
+            self.wfile.write(data[: len(data) // 2])
+            self._end()
+        elif self.command != "HEAD":
+            self.wfile.write(data)
 
-        def _answer(self, status: int, body: bytes) -> None:
-            self.send_response(status)
-            self.send_header("Content-Type", "application/xml")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
+    def _answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
-        def _end(self) -> None:
-            self.close_connection = True
-            with contextlib.suppress(OSError):
-                self.wfile.flush()
-                self.connection.shutdown(socket.SHUT_RDWR)
+    def _end(self) -> None:
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            self.wfile.flush()
+            self.connection.shutdown(socket.SHUT_RDWR)
 
-        def log_message(self, *words: object) -> None:
-            pass
-
-    return Handler
+    def log_message(self, *words: object) -> None:
+        pass
 
 
 def at_random(share: float, seed: int, faults: tuple[str, ...] = FAULTS) -> Callable[[int, str, str], str]:

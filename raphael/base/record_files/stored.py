@@ -125,6 +125,22 @@ def attach(address: str, folder: Path, form: str) -> None:
         temporary.write_text(json.dumps({"format": FORM, "address": home}, indent=1) + "\n", encoding="utf-8")
 
 
+def withdraw(address: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Remove from the store, and from this machine's cache, what the manifest `old` names and `new` does not, then
+    `old` itself. Records of another workspace that share it say what is missing. Raises StoreError."""
+    from raphael.base.store.cache import machine_cache
+    from raphael.base.store.objects import open_store
+
+    store, cache = open_store(address), machine_cache()
+    stay = {entry["sha256"] for entry in new["files"].values()}
+    for entry in old["files"].values():
+        if entry["sha256"] not in stay:
+            store.remove(of_object(entry["sha256"]))
+            cache.path(entry["sha256"]).unlink(missing_ok=True)
+    if old["sha256"] != new["sha256"]:
+        store.remove(of_manifest(old["sha256"]))
+
+
 class StoredFiles:
     """The files of a manifest, fetched as they are asked for. Safe to use from several threads."""
 
