@@ -106,7 +106,8 @@ class FaultyProxy:
     """Between a client and a server. fault(number, method, path): what befalls a request.
 
     500, 503: answers so. cut answer: half of the body under its whole length. cut request: the server gets half of what
-    was sent. closed: no answer. flipped: a byte of what is read is another. denied: 403 as S3 says it.
+    was sent. closed: no answer. silent: none for long, and the connection stays. flipped: a byte of what is read is
+    another. denied: 403 as S3 says it.
     """
 
     port: int
@@ -144,7 +145,9 @@ class _Handler(BaseHTTPRequestHandler):
     def pass_on(self) -> None:
         fault = self.proxy.next(self.command, self.path)
         body = self._body()
-        if fault == "closed":
+        if fault == "silent":
+            time.sleep(8)
+        if fault in ("closed", "silent"):
             self._end()
         elif fault in ("500", "503"):
             self._answer(int(fault), b"<Error><Code>InternalError</Code></Error>")

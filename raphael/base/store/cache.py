@@ -25,7 +25,8 @@ FOLDER, LIMIT = "RAPHAEL_CACHE_DIR", "RAPHAEL_CACHE_GB"
 DEFAULT_GB = 50.0
 STALE_S = 3600.0  # a file that was not finished for so long is of a process that died
 FETCHED_S = 600.0  # within which those that take all the room should be finished
-Fetch = Callable[[Path], None]  # writes the file of that name, whole and compared
+# Writes over the file of that name, whole and compared, and never cuts it short: its length is the room that it has
+Fetch = Callable[[Path], None]
 
 
 class CacheError(StageError):
@@ -90,7 +91,8 @@ class ShardCache:
             if not self._is_whole(path, name, size, xxh3):
                 with self._room(size) as temporary:
                     fetch(temporary)
-                    os.replace(temporary, path)
+                    with self._locked():  # whoever counts meanwhile would see both names, or neither
+                        os.replace(temporary, path)
                 self.compared.add(name)
             self.use(name)
             with contextlib.suppress(FileNotFoundError):  # for the other processes
@@ -99,7 +101,8 @@ class ShardCache:
 
     def bytes(self) -> int:
         """What lies in the folder now, with what is being fetched."""
-        return sum(size for _, size, _ in self._files())
+        with self._locked():
+            return sum(size for _, size, _ in self._files())
 
     def too_small(self, size: int) -> CacheError:
         return CacheError(
@@ -139,8 +142,7 @@ class ShardCache:
 
     def _reserved(self, size: int, temporary: Path) -> bool:
         """Make room; False where files that are being fetched take it."""
-        with open(self.folder / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with self._locked():
             files = list(self._files())
             total = sum(bytes_ for _, bytes_, _ in files)
             oldest_first = sorted(files, key=lambda file: max(file[2], self.used.get(file[0].name, 0)))
@@ -156,6 +158,13 @@ class ShardCache:
             with open(temporary, "wb") as file:
                 file.truncate(size)  # it counts from now on
         return True
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Alone at the folder's names, among all processes."""
+        with open(self.folder / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _files(self) -> Iterator[tuple[Path, int, int]]:
         """(path, bytes, time of change in ns); what nobody finished for long is removed."""

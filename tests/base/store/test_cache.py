@@ -28,7 +28,8 @@ class Source:
 
     def take(self, name: str, size: int = SIZE):
         def fetch(path):
-            path.write_bytes(content(name, size))
+            with open(path, "r+b") as file:
+                file.write(content(name, size))
             self.most = max(self.most, self.cache.bytes())
             self.fetched.append(name)
 

@@ -103,6 +103,23 @@ def test_a_server_that_is_away_for_a_while_is_waited_for(s3, tmp_path):
         assert proxy.count("closed") == 5
 
 
+def test_a_connection_that_falls_silent_is_given_up_and_asked_again(s3, tmp_path, monkeypatch):
+    monkeypatch.setattr(objects, "SILENT_S", 1.0)
+    digest = sent(Store(ADDRESS), tmp_path, "object", b"some bytes")
+    once = []
+
+    def silent(number, method, path):
+        if method == "GET" and not once:
+            once.append(path)
+            return "silent"
+        return ""
+
+    with FaultyProxy(s3.port, silent) as proxy, environment(proxy.url):
+        Store(ADDRESS).get("object", tmp_path / "back", 10, "sha256", digest)
+        assert sum(method == "GET" for method, _, _ in proxy.seen) >= 2
+    assert (tmp_path / "back").read_bytes() == b"some bytes"
+
+
 def test_a_download_that_was_damaged_on_its_way_is_asked_for_again(s3, tmp_path):
     twice = []
 

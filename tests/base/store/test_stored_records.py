@@ -8,19 +8,22 @@ import fcntl
 import json
 import os
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from truth.s3_server import FaultyProxy, at_random, environment
 from truth.stored_records import COUNT, FIELDS, RECORD_BYTES, SHARD, published, write_records
+from truth.toy_training import LOOP, ToyData, ToyObjective, fingerprint
 
 from raphael.base.manifest import ManifestError
-from raphael.base.record_files.stored import address_of
-from raphael.base.records import FORM, Records
+from raphael.base.record_files.stored import Shipping, address_of
+from raphael.base.records import FORM, Records, RecordWriter
 from raphael.base.store.cache import CacheError
 from raphael.base.store.objects import DamagedObject, MissingObject
 from raphael.train.batches import Batches
 from raphael.train.heldout import Subset, split
+from raphael.train.loop import train
 
 STORAGE = "s3://pictures/home"
 SHARD_BYTES = SHARD * RECORD_BYTES  # the largest file
@@ -95,6 +98,20 @@ def test_a_training_reads_the_batches_of_the_folder_and_its_cache_stays_below_it
         assert bytes_in(cache) <= LIMIT
     files = sum(entry["bytes"] for entry in local.manifest["files"].values())
     assert files > 2 * LIMIT, "not all of it fits"
+
+
+def test_a_training_ends_in_the_same_checkpoint(s3, tmp_path, cache):
+    toy, fields = ToyData(), {"x": ("float32", (6,)), "kind": ("int64", ()), "index": ("int64", ())}
+    ends = {}
+    for name, ship in (("local", None), ("stored", Shipping(STORAGE, tmp_path / "stored"))):
+        with RecordWriter(tmp_path / name, fields, {}, 20, ship=ship) as writer:
+            writer.append(toy.keys, toy.batch(np.arange(len(toy))))
+        if ship is not None:
+            ship.publish(FORM)
+        checkpoints, loop = tmp_path / f"{name}-checkpoints", replace(LOOP, num_images=96)
+        train(ToyObjective(), Records(tmp_path / name), loop, 7, folder=checkpoints)
+        ends[name] = fingerprint(checkpoints)
+    assert ends["stored"] == ends["local"] and len(ends["local"]) >= 2
 
 
 def test_the_worlds_ranks_side_by_side_read_what_one_reads(local, s3, tmp_path, cache):
