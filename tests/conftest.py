@@ -34,3 +34,23 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no ../shared/data beside the project: tests on photographs and real weights are left out")
     return folder
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """moto's S3 on loopback, for the whole session."""
+    from truth.s3_server import start_server
+
+    server = start_server()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server):
+    """It with an empty bucket, and the environment that leads there."""
+    from truth.s3_server import environment
+
+    s3_server.fresh()
+    with environment(s3_server.url):
+        yield s3_server

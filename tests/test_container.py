@@ -60,6 +60,8 @@ def test_switches_against_telemetry_are_the_same_everywhere() -> None:
     image = dict(pair.split("=") for name, rest in instructions() if name == "ENV" for pair in rest.split())
     assert {name: image.get(name) for name in SWITCHES} == SWITCHES
     for name, service in compose()["services"].items():
+        if name == "store":
+            continue  # MinIO's own image knows other switches
         assert {switch: service["environment"].get(switch) for switch in SWITCHES} == SWITCHES, name
 
 
@@ -67,9 +69,10 @@ def compose() -> dict:
     return yaml.safe_load((PROJECT / "compose.yaml").read_text())
 
 
-def test_compose_has_the_four_services_on_loopback_ports() -> None:
+def test_compose_has_the_four_services_on_loopback_ports_and_a_store_for_whoever_asks() -> None:
     services = compose()["services"]
-    assert set(services) == {"prefect", "mlflow", "worker", "images"}
+    assert set(services) == {"prefect", "mlflow", "worker", "images", "store", "store-volume"}
+    assert {name for name, service in services.items() if "profiles" in service} == {"store", "store-volume"}
     for name, service in services.items():
         assert service["init"] is True, f"{name}: without init, what a stopped container leaves running stays"
         for port in service.get("ports", []):
@@ -165,3 +168,16 @@ def test_the_images_own_steps_make_a_working_environment(tmp_path: Path) -> None
     done = subprocess.run([".venv/bin/raphael", "--help"], cwd=image, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert subprocess.run([".venv/bin/dvc", "status"], cwd=image).returncode == 0
+
+
+def test_the_store_is_of_a_stated_release_and_the_worker_is_let_in() -> None:
+    services = compose()["services"]
+    store, worker = services["store"], services["worker"]["environment"]
+    assert re.fullmatch(r"minio/minio:RELEASE\.[\dTZ-]+", store["image"]), "latest may be another one tomorrow"
+    assert worker["AWS_ENDPOINT_URL"] == "http://store:9000" and "--address=:9000" in store["command"]
+    assert worker["AWS_ACCESS_KEY_ID"] == store["environment"]["MINIO_ROOT_USER"]
+    assert store["environment"]["MINIO_ROOT_PASSWORD"].startswith("${RAPHAEL_PASSWORD:?")
+    assert worker["AWS_SECRET_ACCESS_KEY"] == "${RAPHAEL_PASSWORD}"
+    first = services["store-volume"]
+    assert store["depends_on"] == {"store-volume": {"condition": "service_completed_successfully"}}
+    assert first["volumes"] == store["volumes"] and first["image"] == "raphael", "so that the volume is uid 1000's"

@@ -22,12 +22,13 @@ from data_pipeline.encode.chunks import MODELS, Chunk, ChunkEncoder, chunk_encod
 from data_pipeline.encode.fields import LABELS, Tools, bucket_fields, edge_weights, named
 from data_pipeline.encode.labels import read_labels
 from data_pipeline.encode.repeats import has_repeats, read_repeats
+from data_pipeline.engine.partitions import KeptPieces, partitions
 from data_pipeline.engine.run import device_of as engine_device
 from data_pipeline.engine.run import finish, is_here
 from data_pipeline.engine.work import Work
 from raphael.base.config.params import Config
-from raphael.base.integrity.pieces import Pieces
 from raphael.base.manifest import read_manifest
+from raphael.base.record_files.stored import RECORDS, Shipping
 from raphael.base.records import CAPTIONS as CAPTIONS_FILE
 from raphael.base.records import FORM, Fields, RecordWriter
 from raphael.base.stage import Stage, StageError, file_sha256
@@ -64,11 +65,14 @@ def run(config: Config, stage: Stage) -> None:
     inputs += [METADATA] if config.encode.label_column or has_repeats() else []
     work = stage.workdir(*inputs, *edge_weights(config), settings)
     facts, fields = {**_facts(tools), **read_repeats(rows)}, bucket_fields(tools)
-    chunks, engine = _encode(stage, work, rows, tools)
-    finished, counts = _assemble(work, chunks, rows, fields, facts)
-    known = read_manifest(finished, FORM)["facts"]["xxh3_128"]
-    stage.publish(finished, OUT, known)
-    shutil.rmtree(work)  # the chunks are a second copy of the records
+    with partitions(config.pipeline, work, stage, stream=True) as pieces:
+        chunks, engine = _encode(stage, pieces, rows, tools)
+        ship = Shipping(config.pipeline.storage, work / RECORDS) if config.pipeline.storage else None
+        finished, counts = _assemble(work / RECORDS, pieces.each(chunks), rows, fields, facts, ship)
+        known = read_manifest(finished, FORM)["facts"]["xxh3_128"]
+        stage.publish(finished, OUT, known)
+        pieces.remove()  # the chunks are a second copy of the records
+    shutil.rmtree(work)
     shown = {name: value for name, value in facts.items() if name != REPEATS}  # a key for each image
     stage.report(len(rows), len(rows), **engine, **shown, buckets=counts)
 
@@ -99,11 +103,11 @@ def _check_fit(tools: Tools) -> None:
             )
 
 
-def _encode(stage: Stage, work: Path, rows: CaptionRows, tools: Tools) -> tuple[list[Path], dict[str, str]]:
+def _encode(stage: Stage, pieces: KeptPieces, rows: CaptionRows, tools: Tools) -> tuple[list[Path], dict[str, str]]:
     """All rows in chunks, one file each; those of an earlier run stay. Returns the files in the rows' order, and what
     the report says of the engine."""
     config, size = tools.config, tools.config.encode.batch_size * CHUNK_BATCHES
-    chunks = [work / f"chunk_{start:09d}.npz" for start in range(0, len(rows), size)]
+    chunks = [pieces.folder / f"chunk_{start:09d}.npz" for start in range(0, len(rows), size)]
 
     def tasks() -> Iterator[Chunk]:
         in_order = iter(rows)
@@ -121,7 +125,7 @@ def _encode(stage: Stage, work: Path, rows: CaptionRows, tools: Tools) -> tuple[
         here=lambda: ChunkEncoder(tools, shards),  # whose models are loaded
     )
     with stage.progress(len(rows), "images") as bar:
-        engine = finish(config.pipeline, encoding, tasks(), Pieces(work, stage.name), stage, bar)
+        engine = finish(config.pipeline, encoding, tasks(), pieces, stage, bar)
     return chunks, engine
 
 
@@ -133,13 +137,19 @@ def _facts(tools: Tools) -> dict[str, Any]:
 
 
 def _assemble(
-    work: Path, chunks: list[Path], rows: CaptionRows, fields: dict[str, Fields], facts: dict[str, Any]
+    folder: Path,
+    chunks: Iterator[Path],
+    rows: CaptionRows,
+    fields: dict[str, Fields],
+    facts: dict[str, Any],
+    ship: Shipping | None,
 ) -> tuple[Path, dict[str, int]]:
-    """Join the chunks into the records' folder, still in the work folder; and how many each bucket has."""
-    folder, names = work / "records", list(fields)
+    """Join the chunks into the records' folder, still in the work folder; and how many each bucket has. ship: takes its
+    files to a store as they are finished."""
+    names = list(fields)
     shutil.rmtree(folder, ignore_errors=True)
     counts, in_order = dict.fromkeys(names, 0), iter(rows)
-    with RecordWriter(folder, fields, facts, unique=True) as writer:  # CaptionRows compares the keys
+    with RecordWriter(folder, fields, facts, unique=True, ship=ship) as writer:  # CaptionRows compares the keys
         for chunk in chunks:
             with np.load(chunk) as arrays:
                 buckets = arrays["bucket"]
@@ -149,6 +159,8 @@ def _assemble(
                     part = {field: arrays[f"{bucket}/{field}"] for field in fields[name]}
                     writer.append([keys[place] for place in here], part, name)
                     counts[name] += len(here)
+    if ship is not None:
+        ship.publish(FORM)
     _write_captions(folder / CAPTIONS_FILE, rows)
     return folder, counts
 

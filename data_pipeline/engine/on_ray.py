@@ -44,7 +44,7 @@ class TaskWorker:
 
     def perform(self, task: Task) -> tuple[str, Any]:
         try:
-            return "done", perform(self.worker, task)
+            return "done", perform(self.worker, task, self.work.keep)
         except (StageError, ValueError, OSError) as error:
             return "failed", words_of(error)
 

@@ -124,7 +124,7 @@ def _serve(work: Work, pipe: Connection, threads: int) -> None:
             pipe.send((READY, None))
             while True:
                 task = pipe.recv()
-                pipe.send((DONE, perform(worker, task)))
+                pipe.send((DONE, perform(worker, task, work.keep)))
         except (BrokenPipeError, EOFError, ConnectionResetError):
             raise
         except (StageError, ValueError, OSError) as error:

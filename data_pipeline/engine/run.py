@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from data_pipeline.engine.work import Finished, Ran, Task, Work, perform
@@ -39,10 +40,10 @@ def is_here(pipeline: PipelineConfig) -> bool:
 def finish(
     pipeline: PipelineConfig, work: Work, tasks: Iterable[Task], pieces: Pieces, stage: Stage, bar: Progress
 ) -> dict[str, str]:
-    """Until every task's file is listed in `pieces`; those that are stay as they are. tasks: taken as workers become
-    free, and not held. Returns what the stage's report says of it. Raises StageError: a worker's own line, that one
-    died too often, or what the engine lacks."""
-    ran = Ran(pipeline.engine)
+    """Until every task's file is listed in `pieces`; those that are stay as they are. pieces: of `partitions`, which
+    says where files go. tasks: taken as workers become free, and not held. Returns what the stage's report says of it.
+    Raises StageError: a worker's own line, that one died too often, or what the engine or the store lacks."""
+    ran, work = Ran(pipeline.engine), replace(work, keep=getattr(pieces, "keep", None))
 
     def waiting() -> Iterator[Task]:
         for task in tasks:
@@ -79,4 +80,4 @@ def _in_this_process(work: Work, tasks: Iterator[Task], ran: Ran) -> Finished:
     for task in tasks:
         if worker is None:
             worker, ran.workers = (work.here or (lambda: work.make(*work.arguments)))(), 1
-        yield task, perform(worker, task)
+        yield task, perform(worker, task, work.keep)

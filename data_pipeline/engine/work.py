@@ -42,12 +42,31 @@ Worker = Callable[[Any], Path]  # writes a task's file, whole (raphael.base.file
 
 
 @dataclass(frozen=True)
+class Keep:
+    """The objects that the files of a work folder become, below `place` of a store (engine/partitions.py)."""
+
+    address: str
+    place: str
+    folder: Path
+
+    def name(self, path: Path, size: int, xxh3: str) -> str:
+        return f"{self.place}/{path.relative_to(self.folder).as_posix()}.{size}.{xxh3}"
+
+    def put(self, done: Done) -> None:
+        """Send a finished file and remove it here. Raises StoreError."""
+        from raphael.base.store.objects import open_store
+
+        open_store(self.address).put(done.path, self.name(done.path, done.bytes, done.xxh3))
+        done.path.unlink()
+
+
+@dataclass(frozen=True)
 class Work:
     """What the workers of a stage are.
 
     make: a function or class of a module; make(*arguments) is a Worker, in a process whose folder is `root`. device:
     torch's name of what each computes on. here: in the place of make(*arguments) where this process works itself, for
-    a stage that has made one already.
+    a stage that has made one already. keep: where a finished file goes; None: it stays.
     """
 
     stage: str
@@ -56,6 +75,7 @@ class Work:
     arguments: tuple[Any, ...] = ()
     device: str = "cpu"
     here: Callable[[], Worker] | None = field(default=None, compare=False)
+    keep: Keep | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "here": None}  # it stays here
@@ -84,10 +104,13 @@ class Ran:
         return {name: round(value, 3) for name, value in vars(self).items() if name != "engine"}
 
 
-def perform(worker: Worker, task: Task) -> Done:
+def perform(worker: Worker, task: Task, keep: Keep | None = None) -> Done:
     path = worker(task)
     assert path == task.done, (path, task.done)
-    return Done(path, path.stat().st_size, file_xxh3(path))
+    done = Done(path, path.stat().st_size, file_xxh3(path))
+    if keep is not None:
+        keep.put(done)
+    return done
 
 
 def start_worker(work: Work) -> Worker:

@@ -19,11 +19,11 @@ from data_pipeline.common.hashes.phash import near_any, phashes
 from data_pipeline.common.images import Shard
 from data_pipeline.common.rules import EVALUATION, NEAR
 from data_pipeline.common.schema import KEY
+from data_pipeline.engine.partitions import partitions
 from data_pipeline.engine.run import finish
 from data_pipeline.engine.work import Work
 from data_pipeline.filter.bands import HashBands
 from raphael.base.files import written_whole
-from raphael.base.integrity.pieces import Pieces
 from raphael.base.stage import Stage, StageError, file_sha256
 
 if TYPE_CHECKING:
@@ -90,8 +90,8 @@ class NearDuplicates:
                 yield HashTask(done, shard.path.with_suffix(".tar").resolve(), wanted, len(alive))
 
         hashing = Work(stage.name, stage.root, hasher)
-        with stage.progress(rows, "rows hashed") as bar:
-            return finish(config.pipeline, hashing, tasks(), Pieces(work, stage.name), stage, bar)
+        with partitions(config.pipeline, work, stage) as pieces, stage.progress(rows, "rows hashed") as bar:
+            return finish(config.pipeline, hashing, tasks(), pieces, stage, bar)
 
     def looked_at(self, shards: Iterable[Rows], dropped: dict[str, int]) -> Iterator[tuple[Rows, np.ndarray]]:
         """Each with the rows still alive, bool (n,), without those that look like the evaluation's; the others are

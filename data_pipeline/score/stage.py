@@ -18,11 +18,11 @@ from data_pipeline.common.places import LINKS, SCORED, SCORES_FACTS, SHARDS
 from data_pipeline.common.schema import ID, STATUS, SUCCESS
 from data_pipeline.common.shard_rows import ListScores, shard_tables
 from data_pipeline.common.tables import open_parquet
+from data_pipeline.engine.partitions import partitions
 from data_pipeline.engine.run import device_of as engine_device
 from data_pipeline.engine.run import finish
 from data_pipeline.engine.work import Work
 from data_pipeline.score.shard import COMPUTED, LIST, ShardScorer, Task
-from raphael.base.integrity.pieces import Pieces
 from raphael.base.stage import Stage, StageError, file_sha256, write_json
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ def run(config: Config, stage: Stage) -> None:
                 yield task
 
         shards = Work(stage.name, stage.root, ShardScorer, (settings, device), device)
-        with stage.progress(len(tables), "shards") as bar:
-            engine = finish(config.pipeline, shards, tasks(), Pieces(work, stage.name), stage, bar)
+        with partitions(config.pipeline, work, stage) as pieces, stage.progress(len(tables), "shards") as bar:
+            engine = finish(config.pipeline, shards, tasks(), pieces, stage, bar)
         _publishable(settings, scored, fresh, counts)
     facts = {"computed": list(settings.computed), "sources": counts}
     write_json(fresh / SCORES_FACTS, facts)

@@ -10,15 +10,17 @@ import json
 import shutil
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.tools.forget_matches import PARTIAL, Gone, is_list, tar_samples, traces
 from raphael.base.files import put
 from raphael.base.integrity import published
-from raphael.base.manifest import NAME
-from raphael.base.records import KEYS, Records, RecordWriter
+from raphael.base.manifest import NAME, read_manifest
+from raphael.base.record_files.stored import RECORDS as STORED
+from raphael.base.record_files.stored import Shipping, address_of, withdraw
+from raphael.base.records import FORM, KEYS, Records, RecordWriter
 from raphael.base.stage import StageError, file_sha256, write_json
 
 CAPTIONS, RECORDS = Path("captions/captions.parquet"), Path("records")
@@ -125,31 +127,41 @@ def _goes(part: Any, is_gone: Callable[[str], bool]) -> bool:
 def remove_records(data: Path, gone: Gone, work: Path) -> None:
     """Write data/records again without the forgotten keys, its manifest with new hashes, and put it in its place.
 
-    The new folder is finished in `work` before the old one leaves: a run killed between the two finds it there.
+    The new folder is finished in `work` before the old one leaves: a run killed between the two finds it there. Records
+    in a store are written there anew, and what only the old ones had is removed from it.
     """
     folder, fresh = data / RECORDS, work / "records"
-    ready = fresh / CAPTIONS_FILE  # written last
+    ready, address = fresh / CAPTIONS_FILE, address_of(folder)  # the first is written last
     if not ready.is_file():
-        if not (folder / NAME).is_file() or not gone.keys & set((folder / KEYS).read_text("utf-8").split("\n")):
+        if not (folder / NAME).is_file() or not gone.keys & set(_keys(folder, address)):
             return
         shutil.rmtree(fresh, ignore_errors=True)
-        _write_records(Records(folder), fresh, gone, data / CAPTIONS)
+        ship = Shipping(address.removesuffix(f"/{STORED}"), fresh) if address else None
+        _write_records(Records(folder), fresh, gone, data / CAPTIONS, ship)
+        if ship is not None:
+            ship.publish(FORM)
         captions = json.loads((folder / CAPTIONS_FILE).read_text("utf-8")) if (folder / CAPTIONS_FILE).is_file() else {}
         write_json(ready, {key: text for key, text in captions.items() if key not in gone.keys})
+    if address and (folder / NAME).is_file():
+        withdraw(address, read_manifest(folder, FORM), read_manifest(fresh, FORM))
     if folder.is_dir():
         shutil.rmtree(folder)
     put(fresh, folder)
     published.note(Path.cwd(), folder.absolute())
 
 
-def _write_records(old: Records, fresh: Path, gone: Gone, captions: Path) -> None:
+def _keys(folder: Path, address: str | None) -> Sequence[str]:
+    return Records(folder).keys if address else (folder / KEYS).read_text("utf-8").split("\n")
+
+
+def _write_records(old: Records, fresh: Path, gone: Gone, captions: Path, ship: Shipping | None) -> None:
     import numpy as np
 
     facts = dict(old.facts)
     if "captions_sha256" in facts and captions.is_file():
         facts["captions_sha256"] = file_sha256(captions)
     fields = {bucket.name: bucket.fields for bucket in old.buckets}
-    with RecordWriter(fresh, fields, facts, old.shard_records) as writer:
+    with RecordWriter(fresh, fields, facts, old.shard_records, ship=ship) as writer:
         for bucket in old.buckets:
             places = range(bucket.start, bucket.start + bucket.count)
             stay = np.array([place for place in places if old.keys[place] not in gone.keys], np.int64)

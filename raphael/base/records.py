@@ -26,20 +26,22 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import xxhash
 
 from raphael.base.manifest import NAME, ManifestError, check_files, check_sizes, read_manifest, write_manifest
+from raphael.base.record_files.growing import Growing
 from raphael.base.record_files.hashes import HASH, RecordHashes, hashes_file, record_hash
 from raphael.base.record_files.keys import Keys
 from raphael.base.record_files.shards import MOST_FILES, Mapped, OpenShards, Positioned, Rows, row_bytes
+from raphael.base.record_files.stored import StoredFiles, address_of, attached
 
 FORM = "raphael-records/2"
 KEYS = "keys.txt"
@@ -79,41 +81,14 @@ def shard_file(bucket: str, shard: int, name: str) -> str:
     return f"{bucket}.{shard:05d}.{name}.bin"
 
 
-@dataclass
-class _Growing:
-    """A bucket while it is written: its keys, in a file of their own, the hashes of its records, and of the shard that
-    is not full yet the files and hashes."""
-
-    fields: Fields
-    keys_path: Path
-    keys: BinaryIO
-    record_hashes: BinaryIO
-    count: int = 0
-    files: dict[str, BinaryIO] = field(default_factory=dict)
-    hashes: dict[str, Any] = field(default_factory=dict)
-
-    def write(self, name: str, data: bytes) -> None:
-        self.files[name].write(data)
-        self.hashes[name].update(data)
-
-    def close_shard(self) -> None:
-        for file in self.files.values():
-            file.close()
-        self.files = {}
-
-    def close(self) -> None:
-        for file in (self.keys, self.record_hashes):
-            file.close()
-        self.close_shard()
-
-
 class RecordWriter:
     """Write a folder of records from nothing: `with RecordWriter(...) as writer: writer.append(keys, arrays)`.
 
     fields: name -> (numpy dtype name, shape of one record); of several buckets, bucket -> such a mapping. facts: what
     JSON can hold, stored in the manifest. hashed_whole: a data set of more shards gets a hash for each record. unique:
-    the caller knows that no key comes twice; else all are held in memory to be compared. Records of an earlier writing
-    are removed. Left by an exception, the folder gets no manifest and does not open.
+    the caller knows that no key comes twice; else all are held in memory to be compared. ship: takes each finished file
+    away by its name and returns its entry of the manifest (record_files/stored.py). Records of an earlier writing are
+    removed. Left by an exception, the folder gets no manifest and does not open.
     """
 
     def __init__(
@@ -124,8 +99,10 @@ class RecordWriter:
         shard_records: int = SHARD_RECORDS,
         hashed_whole: int = HASHED_WHOLE,
         unique: bool = False,
+        ship: Callable[[str], dict[str, Any]] | None = None,
     ):
         self.folder, self.facts, self.shard_records = Path(folder), facts, shard_records
+        self.ship, self.shipped = ship, {}
         self.hashed_whole, self.unique = hashed_whole, unique
         several = all(isinstance(value, dict) for value in fields.values())
         buckets = fields if several else {ONE_BUCKET: fields}
@@ -137,7 +114,7 @@ class RecordWriter:
         self.buckets = {}
         for name, shapes in buckets.items():
             keys, hashes = self.folder / f".{name}.keys", self.folder / hashes_file(name)
-            self.buckets[name] = _Growing(shapes, keys, open(keys, "w+b"), open(hashes, "wb"))
+            self.buckets[name] = Growing(shapes, keys, open(keys, "w+b"), open(hashes, "wb"))
 
     def append(self, keys: Sequence[str], arrays: dict[str, np.ndarray], bucket: str | None = None) -> None:
         """Add n records. arrays: field -> (n, *shape) of exactly the field's dtype. bucket: may be left out where there
@@ -182,8 +159,8 @@ class RecordWriter:
                 )
             here.add(key)
 
-    def _open(self, bucket: str, growing: _Growing, shard: int) -> None:
-        growing.close_shard()
+    def _open(self, bucket: str, growing: Growing, shard: int) -> None:
+        self._ship(*growing.close_shard())
         files = {name: shard_file(bucket, shard, name) for name in growing.fields}
         growing.files = {name: open(self.folder / file, "wb") for name, file in files.items()}
         growing.hashes = {name: xxhash.xxh3_128() for name in files}
@@ -191,6 +168,8 @@ class RecordWriter:
 
     def close(self) -> None:
         """Finish: write the keys and the manifest."""
+        for growing in self.buckets.values():
+            self._ship(*growing.close_shard())
         self._write_keys()
         shards = sum(-(-growing.count // self.shard_records) for growing in self.buckets.values())
         by_record = [hashes_file(name) for name in self.buckets]
@@ -208,7 +187,13 @@ class RecordWriter:
         ]
         hashes = {file: value.hexdigest() for file, value in self.hashes.items()}
         facts = {"buckets": buckets, "shard_records": self.shard_records, "xxh3_128": hashes, "facts": self.facts}
-        write_manifest(self.folder, FORM, [KEYS, *hashes, *by_record], facts)
+        self._ship(KEYS, *by_record)
+        left = [file for file in (KEYS, *hashes, *by_record) if file not in self.shipped]
+        write_manifest(self.folder, FORM, left, facts, self.shipped)
+
+    def _ship(self, *files: str) -> None:
+        for name in map(os.path.basename, files if self.ship is not None else ()):
+            self.shipped[name] = self.ship(name)
 
     def _write_keys(self) -> None:
         """The keys of all buckets, one after the other."""
@@ -252,14 +237,21 @@ class Records:
     verify: compare what is read with its xxh3. Few shards: each when a record of it is first read, once in a process,
     about 0.1 s per GB. Many: every record, 2 us each. Else damage inside a shard goes unseen. most_files: open at once.
 
+    Where the files lie in an object store (record_files/stored.py) shards come through a cache of this machine, each
+    compared with its sha256 when it arrives. folder: may be the address of such records' manifest.
+
     Raises RecordsError (a StageError and a ValueError, one line that names the file) where one is absent, short or
-    damaged; `batch` and `keys` do, too.
+    damaged; `batch` and `keys` do, too, and StoreError or CacheError of records in a store.
     """
 
     def __init__(self, folder: str | Path, verify: bool = True, most_files: int = MOST_FILES):
-        self.folder, self.verify, self.place = Path(folder), verify, os.fspath(folder)
+        self.folder, self.verify = attached(folder, FORM), verify
+        self.place = os.fspath(self.folder)
         self.manifest = read_manifest(self.folder, FORM)
-        check_sizes(self.folder, self.manifest)
+        address = address_of(self.folder)
+        self.stored = StoredFiles(address, self.manifest) if address else None
+        if self.stored is None:
+            check_sizes(self.folder, self.manifest)
         self.sha256: str = self.manifest["sha256"]  # of the manifest, and so of everything
         about = self.manifest["facts"]
         self.facts: dict[str, Any] = about["facts"]
@@ -269,13 +261,17 @@ class Records:
         for entry in about["buckets"]:
             fields = {name: (dtype, tuple(shape)) for name, (dtype, shape) in entry["fields"].items()}
             file = hashes_file(entry["name"])
-            hashes = RecordHashes(self.folder / file) if verify and file in self.manifest["files"] else None
+            here = verify and self.stored is None and file in self.manifest["files"]  # a cache compares whole shards
+            hashes = RecordHashes(self.folder / file) if here else None
             self.buckets.append(Bucket(entry["name"], start, entry["count"], fields, hashes))
             start += entry["count"]
         self.count = start
         # a function that knows these records would keep them, and their files, beyond their last use
         check = partial(check_files, self.folder, self.manifest, [KEYS])
-        self.keys: Sequence[str] = Keys(self.folder / KEYS, start, check)
+        keys = (self.folder / KEYS, check)
+        if self.stored is not None:
+            keys = (self.stored.path(KEYS), partial(self.stored.take, KEYS))
+        self.keys: Sequence[str] = Keys(keys[0], start, keys[1])
         self.ends = np.cumsum(self.bucket_counts)
         width = max([1, *(len(bucket.fields) for bucket in self.buckets)])
         files = sum(-(-bucket.count // self.shard_records) * len(bucket.fields) for bucket in self.buckets)
@@ -299,6 +295,7 @@ class Records:
         """Copies of the records at `indices`, all of one bucket: field -> (len(indices), *shape). Raises ValueError."""
         rows = np.asarray(indices, dtype=np.int64)
         bucket = self._bucket_of(rows)
+        self.ahead(rows)  # side by side
         shards, within = np.divmod(rows - bucket.start, self.shard_records)
         out = Rows({name: np.empty((len(rows), *shape), dtype) for name, (dtype, shape) in bucket.fields.items()})
         numbers, places = shards.tolist(), within.tolist()
@@ -316,6 +313,15 @@ class Records:
                     raise self._damaged_record(bucket, shard, number)
         return out.arrays
 
+    def ahead(self, indices: Sequence[int] | np.ndarray) -> None:
+        """Begin to fetch what `batch` will read of these, where records lie in a store."""
+        if self.stored is None:
+            return
+        rows = np.asarray(indices, dtype=np.int64)
+        bucket = self._bucket_of(rows)
+        shards = np.unique((rows - bucket.start) // self.shard_records).tolist()
+        self.stored.ahead(shard_file(bucket.name, shard, name) for shard in shards for name in bucket.fields)
+
     def require(self, needed: Iterable[str | tuple[str, ...]], file: str = "params.yaml") -> None:
         """Raises RecordsError where a field is not there: which, and the setting and stage that make it. Of a tuple any
         one is enough. file: of the settings."""
@@ -329,8 +335,11 @@ class Records:
                 )
 
     def check(self) -> None:
-        """Compare every file with its sha256 now. Raises RecordsError."""
-        check_files(self.folder, self.manifest)
+        """Compare every file with its sha256 now; of a store each is fetched. Raises RecordsError."""
+        if self.stored is None:
+            check_files(self.folder, self.manifest)
+        for file in self.manifest["files"] if self.stored is not None else ():
+            self.stored.take(file)
 
     def _bucket_of(self, rows: np.ndarray) -> Bucket:
         if not len(rows):
@@ -346,10 +355,13 @@ class Records:
         return self.buckets[numbers[0]]
 
     def _shard(self, bucket: Bucket, shard: int) -> Mapped | Positioned:
+        count = min(self.shard_records, bucket.count - shard * self.shard_records)
+        if self.stored is not None:
+            files = {name: shard_file(bucket.name, shard, name) for name in bucket.fields}
+            return self.stored.opened(files, self.open, lambda paths: self.kind(paths, bucket.fields, count))
         opened = self.open.get((bucket.name, shard))
         if opened is not None:
             return opened
-        count = min(self.shard_records, bucket.count - shard * self.shard_records)
         # as texts: joining three Paths takes as long as opening the files
         paths = {name: f"{self.place}/{shard_file(bucket.name, shard, name)}" for name in bucket.fields}
         try:

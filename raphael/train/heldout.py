@@ -56,6 +56,11 @@ class Subset:
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         return self.data.batch(self.rows[indices])
 
+    def ahead(self, indices: np.ndarray) -> None:
+        """Say which will be asked for next, where the data set has to fetch them."""
+        if (ahead := getattr(self.data, "ahead", None)) is not None:
+            ahead(self.rows[indices])
+
 
 def split(data: Any, count: int) -> tuple[Any, Subset | None]:
     """(records to train on, records kept out); the data itself and None where none is kept out."""

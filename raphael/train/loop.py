@@ -109,7 +109,8 @@ def train(
 
     data: len() and batch(indices) -> arrays (B, ...); bucket_counts where samples have several shapes: a step is then
     of one shape (raphael/train/batches.py). batches(seed, batch_size, rank, world_size) where its samples come in
-    another order than all of them epoch by epoch (raphael/train/phases.py).
+    another order than all of them epoch by epoch (raphael/train/phases.py). ahead(indices) where they have to be
+    fetched: those of the next step.
     folder: of the checkpoints, shared by all ranks; the newest loop.keep_checkpoints stay, and the best.
     tracker: gets every logged point once (step = images). Points are means over the steps since the one before.
 
@@ -146,6 +147,7 @@ def train(
         if resumed_at < loop.num_images:
             say(f"resuming from the checkpoint at {resumed_at:,} images")
     replica = Replica(objective, world, loop.precision)
+    ahead = getattr(data, "ahead", None)
     faults = BadSteps(state, world, batches, data, Path(folder), say)
     meter = Meter(world, loop.num_images, state.images, getattr(objective, "flops_per_image", 0.0))
     if state.images < loop.num_images:
@@ -210,6 +212,8 @@ def train(
             rng = SampleRng(seed, epochs, indices)
             with meter.waiting():
                 arrays = data.batch(indices)
+            if ahead is not None:
+                ahead(batches.own(state.step + 1)[1])
             batch = {name: torch.from_numpy(array).to(world.device) for name, array in arrays.items()}
             watchdog.at("computing", state.images)
             outputs = replica.gradients(batch, rng)

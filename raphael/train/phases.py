@@ -65,6 +65,11 @@ class Phased:
         phases, rows = np.divmod(np.asarray(indices, dtype=np.int64), len(self.data))
         return {**self.data.batch(rows), PHASE: phases}
 
+    def ahead(self, indices: np.ndarray) -> None:
+        """As raphael/train/heldout.py: Subset."""
+        if (ahead := getattr(self.data, "ahead", None)) is not None:
+            ahead(np.asarray(indices, dtype=np.int64) % len(self.data))
+
     def describe(self) -> list[str]:
         """A line a phase, for a person."""
         lines, first = [], 0

@@ -9,6 +9,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 from raphael.base.config.preset import Count, Positive, Share
+from raphael.base.store.address import check_address
 from raphael.base.strict import Range, later, to_dict
 
 NonNegative = Annotated[int, Range(0)]
@@ -148,11 +149,18 @@ class PipelineConfig:
     address: str = ""  # of a Ray cluster; "": RAY_ADDRESS, and without it a Ray of this machine alone
     workers: Count = 1  # processes, or actors of ray; 1 with local: the stage's own process
     resources: dict[str, WorkerResources] = field(default_factory=dict)  # of a worker of ray, by stage
+    # s3://bucket/prefix, gs://bucket/prefix or file:///folder: where finished tasks and the records lie; "": here
+    storage: str = ""
 
     def of(self, stage: str) -> WorkerResources:
         return self.resources.get(stage, WorkerResources())
 
     def __post_init__(self) -> None:
+        if self.storage:
+            try:
+                check_address(self.storage)
+            except ValueError as error:
+                raise ValueError(f"storage: {error}") from None
         if unknown := set(self.resources) - set(STAGES_ON_ENGINE):
             raise ValueError(
                 f"resources: got {sorted(unknown)[0]}, expected some of {', '.join(STAGES_ON_ENGINE)}, whose work is "

@@ -88,6 +88,10 @@ class OpenShards:
             self.open.move_to_end(key)
         return shard
 
+    def forget(self, key: object) -> None:
+        """Closed when whoever reads it now lets go."""
+        self.open.pop(key, None)
+
     def put(self, key: object, shard: Mapped | Positioned) -> None:
         while len(self.open) >= self.most:
             self.open.popitem(last=False)[1].close()

@@ -19,7 +19,8 @@ import pytest
 from data_pipeline.common.opt_out import OptOut
 from data_pipeline.tools import forget, forget_dvc, forget_files
 from raphael.base.config.params import load_config
-from raphael.base.records import Records, RecordWriter
+from raphael.base.record_files.stored import Shipping
+from raphael.base.records import FORM, Records, RecordWriter
 from raphael.base.stage import StageError, file_sha256, only_run, read_json
 from tests.truth.image_workspace import add_member, drawn, png, write_params
 
@@ -145,6 +146,27 @@ def test_what_is_forgotten_was_never_there(tmp_path, project, lines, absent):
     (report,) = (root / "reports").glob("forget-*.json")
     shown = {name: value for name, value in done.items() if name != "date"}
     assert read_json(report)["requests"] == [shown] and "example/p" not in report.read_text()
+
+
+def test_of_records_in_a_store_what_is_forgotten_leaves_the_store_and_the_cache(tmp_path, project, monkeypatch):
+    monkeypatch.setenv("RAPHAEL_CACHE_DIR", str(tmp_path / "cache"))
+    root, never = build(tmp_path / "asked", project), build(tmp_path / "never", project, {2, 5})
+    records, disk = root / "data/records", tmp_path / "disk"
+    ship = Shipping(f"file://{disk}", records)
+    for name in Records(records).manifest["files"]:
+        ship(name)
+    ship.publish(FORM)
+    Records(records).check()  # all of it is in the cache now
+    (done,) = forgotten(root, "art.example")
+    assert done["traces_left"] == 0
+    fresh, truth = Records(records), Records(never / "data/records")
+    fresh.check()
+    assert fresh.keys == truth.keys and fresh.manifest["files"] == truth.manifest["files"]
+    stay = {entry["sha256"] for entry in fresh.manifest["files"].values()}
+    assert {path.name for path in (disk / "records/objects").iterdir()} == stay
+    assert [path.name for path in (disk / "records/manifests").iterdir()] == [f"{fresh.sha256}.json"]
+    assert {path.name for path in (tmp_path / "cache/shards").iterdir()} <= {*stay, ".lock"}
+    assert forgotten(root, "art.example")[0]["traces_left"] == 0
 
 
 def test_killed_at_any_rename_and_started_again_it_ends_the_same(tmp_path, project, monkeypatch):
