@@ -161,7 +161,8 @@ def as_text(asked: Asked, rates: Rates) -> str:
     total = whole["total"]
     first = total["first_bottleneck"]
     lines += [
-        f"| together | {_hours(total['seconds'])} | | {_usd(total['usd']['machines'])} | "
+        f"| together | {_hours(total['seconds'])}{' and more' if total['not_measured'] else ''} | | "
+        f"{_usd(total['usd']['machines'])} | "
         f"{first['stage']}: {first['part']}; relief: {first['relief']} |",
         "",
         "| what lies on disk | TB |",
@@ -188,7 +189,7 @@ def as_text(asked: Asked, rates: Rates) -> str:
 
 
 def _heading(asked: Asked) -> str:
-    gpus = f" and {asked.gpus} GPUs" if asked.gpus else " without GPUs"
+    gpus = f" and {asked.gpus} GPU{'' if asked.gpus == 1 else 's'}" if asked.gpus else " without GPUs"
     return (
         f"{asked.rows:,} rows, {asked.machines} machines of {asked.cores} cores{gpus}, {asked.workspaces} workspaces: "
         f"{asked.links:,.0f} links, {asked.images:,.0f} images ({asked.alive:.0%} alive), {asked.kept:,.0f} kept, "
