@@ -78,13 +78,14 @@ def server(folder: Path) -> Iterator[int]:
         process.join()
 
 
-def processor_s() -> float:
+def processor_s() -> tuple[float, float]:
+    """(of this process, of its children that have ended)."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(each.ru_utime + each.ru_stime for each in used)
+    return tuple(each.ru_utime + each.ru_stime for each in used)
 
 
-def download(work: Path, names: list[str], rows: int, port: int, through_gateway: bool) -> tuple[float, int]:
-    """(processor seconds of the downloader and the gateway, images) of one run."""
+def download(work: Path, names: list[str], rows: int, port: int, through_gateway: bool) -> tuple[float, float, int]:
+    """(processor seconds of this process, the gateway's; of the downloader's; images) of one run."""
     import psutil
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -116,18 +117,18 @@ def download(work: Path, names: list[str], rows: int, port: int, through_gateway
         for orphan in psutil.Process().children():  # decoders, ended with the worker that they belonged to
             if orphan.pid not in mine:
                 os.waitpid(orphan.pid, 0)
-        used_s = processor_s() - before
-    return used_s, json.loads((out / "00000_stats.json").read_text())["successes"]
+        own_s, children_s = (after - then for after, then in zip(processor_s(), before))
+    return own_s, children_s, json.loads((out / "00000_stats.json").read_text())["successes"]
 
 
 def per_picture_ms(names: list[str], rows: int, port: int, through_gateway: bool) -> float:
     seconds = []
     for count in (FEW_ROWS, FEW_ROWS + rows):
         with tempfile.TemporaryDirectory() as folder:
-            used_s, pictures = download(Path(folder) / "work", names, count, port, through_gateway)
+            own_s, children_s, pictures = download(Path(folder) / "work", names, count, port, through_gateway)
         if pictures != count:
             raise SystemExit(f"got {pictures} images of {count} rows, expected all: the comparison would mean nothing")
-        seconds.append(used_s)
+        seconds.append(own_s + children_s)
     return 1000 * (seconds[1] - seconds[0]) / rows
 
 

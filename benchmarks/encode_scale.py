@@ -44,6 +44,15 @@ def picture(side_px: int) -> tuple[bytes, str]:
     return stream.getvalue(), "jpg"
 
 
+def make_tar(path: Path, bodies: dict[str, bytes], suffix: str) -> None:
+    """A shard's images by key."""
+    with tarfile.open(path, "w") as tar:
+        for key, body in bodies.items():
+            member = tarfile.TarInfo(f"{key}.{suffix}")
+            member.size = len(body)
+            tar.addfile(member, io.BytesIO(body))
+
+
 def make(root: Path, count: int, side_px: int = 8) -> None:
     """data/shards, data/captions and the settings, as the stages before would leave them. side_px: of the images; the
     records' are 8 px."""
@@ -58,11 +67,7 @@ def make(root: Path, count: int, side_px: int = 8) -> None:
         for shard in range(-(-count // SHARD_ROWS)):
             numbers = range(shard * SHARD_ROWS, min(count, (shard + 1) * SHARD_ROWS))
             keys = [f"{number:09d}" for number in numbers]
-            with tarfile.open(root / f"data/shards/{shard:05d}.tar", "w") as tar:
-                for key in keys:
-                    member = tarfile.TarInfo(f"{key}.{suffix}")
-                    member.size = len(body)
-                    tar.addfile(member, io.BytesIO(body))
+            make_tar(root / f"data/shards/{shard:05d}.tar", dict.fromkeys(keys, body), suffix)
             captions = [f"a {COLOURS[number % 3]} square, number {number} of a long list" for number in numbers]
             names = [f"{shard:05d}.tar"] * len(keys)
             writer.write_table(pa.table({"key": keys, "shard": names, "caption": captions}, schema=schema))

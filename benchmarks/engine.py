@@ -2,7 +2,8 @@
 
 20,000 JPEGs of 512 x 512 px, 40 chunks; each run in a process of its own, its records compared with the first run's.
 Seconds are of the tasks, from the first worker's being ready until the last is done; the start (a cluster, imports)
-stands apart. Processor seconds are of all processes.
+stands apart. Processor seconds are of all processes. The machine's load before each run, a mean over a minute, is kept:
+on a machine with other work, seconds by the clock say little.
 
     python benchmarks/engine.py [--rows 20000] [--quick]
 """
@@ -76,18 +77,19 @@ def main() -> None:
         print(json.dumps(encode(Path(root), engine, int(workers))))
         return
     rows, count = [], 600 if arguments.quick else arguments.rows
-    print("| engine | workers | start s | tasks s | CPU s |\n| --- | ---: | ---: | ---: | ---: |")
+    print("| engine | workers | start s | tasks s | CPU s | load |\n| --- | ---: | ---: | ---: | ---: | ---: |")
     with tempfile.TemporaryDirectory() as name:
         make(Path(name), count, SIDE_PX)
         for engine, workers in RUNS[:2] if arguments.quick else RUNS:
+            load = os.getloadavg()[0]
             command = [sys.executable, __file__, "--run", name, engine, str(workers)]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
-            row = json.loads(done.stdout.splitlines()[-1])
+            row = json.loads(done.stdout.splitlines()[-1]) | {"load": round(load, 2)}
             rows.append(row)
             assert row["digest"] == rows[0]["digest"], row
             shutil.rmtree(Path(name) / "data/records")
             seconds = [f"{row[part]:.1f}" for part in ("starting_s", "tasks_s", "cpu_s")]
-            print("|", " | ".join([engine, str(workers), *seconds]), "|", flush=True)
+            print("|", " | ".join([engine, str(workers), *seconds, f"{load:.1f}"]), "|", flush=True)
     if not arguments.quick:
         alone, processes, ray = rows
         two = "two processes; peer: one"

@@ -1,4 +1,5 @@
-"""`raphael data ...`: arguments here, the work in data_pipeline/tools, whose modules run as programs of their own."""
+"""`raphael data ...` and `raphael plan`: arguments here, the work in data_pipeline/tools, whose modules run as programs
+of their own."""
 
 from __future__ import annotations
 
@@ -13,7 +14,10 @@ MODULES = {
     "card": "data_pipeline.tools.card",
     "check": "data_pipeline.tools.checking.check",
     "caption": "data_pipeline.tools.captioning",
+    "verify": "data_pipeline.tools.verify",
+    "status": "data_pipeline.tools.scale.status",
 }
+PLAN = "data_pipeline.tools.scale.plan"
 OWN = {  # their programs read their arguments
     "check": "which images of a folder, parquet files, tars or COCO would be used, which not and why",
     "caption": "a caption beside every image that has none, by any captioner of transformers",
@@ -21,7 +25,13 @@ OWN = {  # their programs read their arguments
 
 
 def add_data(commands: argparse._SubParsersAction) -> None:
-    text = "check images, caption them, forget them on request; the data card; verify every file"
+    text = "hours, terabytes and dollars of the data stages for so many rows and machines: raphael plan --help"
+    plan = commands.add_parser("plan", help=text, add_help=False, prefix_chars="\0")
+    plan.add_argument("rest", nargs="*")
+    plan.set_defaults(act=lambda arguments: _run(PLAN, arguments.rest))
+    text = (
+        "check images, caption them, forget them on request; the data card; how far the stages are; verify every file"
+    )
     command = commands.add_parser("data", help=text)
     actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
     for name, text in OWN.items():
@@ -39,7 +49,12 @@ def add_data(commands: argparse._SubParsersAction) -> None:
     text = "read everything below data/ and models/ and name each file that is not what was written"
     check = actions.add_parser("verify", help=text, description=text.capitalize() + ".")
     check.add_argument("--cache", action="store_true", help="read DVC's cache, too")
-    for each in (forget, card, check):
+    text = (
+        "how far each data stage is: partitions, rows a second, failures by reason; from files, while they run or after"
+    )
+    status = actions.add_parser("status", help=text, description=text.capitalize() + ".")
+    status.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    for each in (forget, card, check, status):
         each.add_argument("--params", default="params.yaml", help="its folder is the workspace (default: %(default)s)")
         each.set_defaults(act=_act)
 
@@ -49,8 +64,9 @@ def _act(arguments: argparse.Namespace) -> None:
     for name in ("url", "domain"):
         for value in getattr(arguments, name, []):
             told += [f"--{name}", value]
-    if getattr(arguments, "cache", False):
-        told.append("--cache")
+    for name in ("cache", "json"):
+        if getattr(arguments, name, False):
+            told.append(f"--{name}")
     if getattr(arguments, "list", None):
         told += ["--list", arguments.list]
     _run(MODULES[arguments.action], told)

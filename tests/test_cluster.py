@@ -233,6 +233,6 @@ def test_the_settings_are_those_of_laions_photographs_and_nothing_of_the_demo_is
     assert config.filter.near_duplicate_bits == 4
     assert config.pipeline.engine == "ray" and config.pipeline.workers == GPUS
     gpus = {stage: config.pipeline.of(stage).gpus for stage in STAGES_ON_ENGINE}
-    assert gpus == {"score": 1, "filter": 0, "encode": 1}
+    assert gpus == {"score": 1, "filter": 0, "captions": 0, "encode": 1}
     monkeypatch.setenv("RAY_ADDRESS", "auto")  # of a head without a GPU
     assert [device_of(config, stage).type for stage in ("score", "encode")] == ["cuda", "cuda"]

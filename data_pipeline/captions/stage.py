@@ -2,86 +2,67 @@
 
 As in the paper, URLs, HTML tags and e-mail addresses are deleted; the table is data_pipeline/common/caption_rules.py. A
 caption of which too little or too much is left drops its image. Being the last that drops images, the stage also
-leaves a few of each reason for the report: reports/dropped.json.
+leaves a few of each reason for the report: reports/dropped.json. Parts of the table are the tasks that `pipeline`
+spreads (data_pipeline/engine).
 """
 
 from __future__ import annotations
 
 import shutil
-from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_pipeline.common.caption_rules import clean, drop_reason
+from data_pipeline.captions.part import CHUNK_ROWS, PART_ROWS, Cleaner, Found, Part, captions_schema, read_part
 from data_pipeline.common.places import CAPTIONS, DROPPED, FILTERED
-from data_pipeline.common.schema import CAPTION, CAPTION_COLUMNS, HEIGHT, KEY, WIDTH
+from data_pipeline.engine.run import finish
+from data_pipeline.engine.work import Work
+from raphael.base.integrity.pieces import Pieces
 from raphael.base.stage import Stage, StageError, write_json
 
 if TYPE_CHECKING:
     from raphael.base.config.params import Config
 
-CHUNK_ROWS = 16384
-NUM_EXAMPLES = 5
-
 
 def run(config: Config, stage: Stage) -> None:
-    import pyarrow as pa
-
     from data_pipeline.common.dropped import dropped as dropped_images
-    from data_pipeline.common.tables import open_parquet, table_writer
+    from data_pipeline.common.tables import open_parquet
 
-    file = open_parquet(FILTERED)
+    with open_parquet(FILTERED) as file:
+        total = file.metadata.num_rows
     work = stage.workdir(FILTERED, repr(config.captions))
-    numbers = {WIDTH: pa.int32(), HEIGHT: pa.int32()}
-    schema = pa.schema([(name, numbers.get(name, pa.string())) for name in CAPTION_COLUMNS])
-    dropped: Counter[str] = Counter()
-    changed_by: Counter[str] = Counter()
-    examples = _Examples()
-    kept = changed = 0
-    writer = table_writer(work / "captions.parquet", schema, compression="zstd")
-    with stage.progress(file.metadata.num_rows, "captions") as bar, writer:
-        for batch in file.iter_batches(batch_size=CHUNK_ROWS, columns=list(CAPTION_COLUMNS)):
-            rows = []
-            for row in batch.to_pylist():
-                cleaned = clean(row[CAPTION])
-                reason = drop_reason(cleaned, config.captions)
-                if reason:
-                    dropped[reason] += 1
-                    examples.offer(row[KEY], row[CAPTION], None, (reason,))
-                    continue
-                changed_by.update(cleaned.reasons)
-                changed += cleaned.text != row[CAPTION]
-                examples.offer(row[KEY], row[CAPTION], cleaned.text, cleaned.reasons)
-                rows.append({**row, CAPTION: f"{config.captions.prefix} {cleaned.text}".strip()})
-            writer.write_table(pa.Table.from_pylist(rows, schema))
-            kept += len(rows)
-            bar.update(len(batch), kept=kept)
-    if not kept:
-        raise StageError(f"no caption is left ({dict(dropped)}); loosen captions in {config.file}")
+    parts = [
+        Part(work / f"part_{start:012d}.arrow", start, min(PART_ROWS, total - start))
+        for start in range(0, total, PART_ROWS)
+    ]
+    cleaning = Work(stage.name, stage.root, Cleaner, (FILTERED.resolve(), config.captions, CHUNK_ROWS))
+    with stage.progress(total, "captions") as bar:
+        engine = finish(config.pipeline, cleaning, parts, Pieces(work, stage.name), stage, bar)
+    found = _write(work / "captions.parquet", parts)
+    if not found.kept:
+        raise StageError(f"no caption is left ({dict(found.dropped)}); loosen captions in {config.file}")
     stage.publish(work / "captions.parquet", CAPTIONS)
     write_json(stage.root / DROPPED, dropped_images(config))
     shutil.rmtree(work)
     stage.report(
-        file.metadata.num_rows,
-        kept,
-        dict(sorted(dropped.items())),
-        changed=changed,
-        changed_by=dict(sorted(changed_by.items())),
-        examples=examples.chosen(),
+        total,
+        found.kept,
+        dict(sorted(found.dropped.items())),
+        **engine,
+        changed=found.changed,
+        changed_by=dict(sorted(found.changed_by.items())),
+        examples=found.examples(),
     )
 
 
-class _Examples:
-    """Before and after: the first caption of each rule, in the order of the keys."""
+def _write(path: Path, parts: list[Part]) -> Found:
+    """The parts' rows in their order, a row group for each batch that was read. Returns what became of all."""
+    from data_pipeline.common.tables import table_writer
 
-    def __init__(self) -> None:
-        self.by_rule: dict[str, dict] = {}
-
-    def offer(self, key: str, before: str, after: str | None, reasons: tuple[str, ...]) -> None:
-        for reason in reasons:
-            self.by_rule.setdefault(reason, {"key": key, "before": before, "after": after, "rule": reason})
-
-    def chosen(self) -> list[dict]:
-        shown: dict[str, dict] = {}
-        for example in self.by_rule.values():
-            shown.setdefault(example["key"], example)
-        return list(shown.values())[:NUM_EXAMPLES]
+    whole = Found()
+    with table_writer(path, captions_schema(), compression="zstd") as writer:
+        for part in parts:
+            found, tables = read_part(part.done)
+            whole.join(found)
+            for table in tables:
+                writer.write_table(table)
+    return whole

@@ -129,7 +129,7 @@ class DownloadConfig:
                 ) from None
 
 
-STAGES_ON_ENGINE = ("score", "filter", "encode")  # those whose work is tasks (data_pipeline/engine)
+STAGES_ON_ENGINE = ("score", "filter", "captions", "encode")  # those whose work is tasks (data_pipeline/engine)
 
 
 @dataclass(frozen=True)
