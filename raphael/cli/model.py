@@ -11,7 +11,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("model", help="what a preset is made of, without its weights")
     actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
     show = actions.add_parser("show", help="tree, parameters, FLOPs for each image size, memory for training")
-    show.add_argument("preset", help="a preset's name or file")
+    show.add_argument("preset", help="a preset's name or file; a folder's (imagen): each network in it")
     show.set_defaults(act=_model_show)
 
     command = add_command(commands, "info", "what a checkpoint or a preset is made of", _info)
@@ -26,5 +26,9 @@ def _info(arguments: argparse.Namespace) -> None:
 
 def _model_show(arguments: argparse.Namespace) -> None:
     from raphael.summary.model import model_text
+    from raphael.summary.network import network_text, networks_in
 
-    print(model_text(arguments.preset))
+    if found := networks_in(arguments.preset):
+        print("\n\n".join(network_text(name) for name in found))
+    else:
+        print(model_text(arguments.preset))

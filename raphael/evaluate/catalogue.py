@@ -75,7 +75,10 @@ METRICS = (  # in the order in which they are measured and told
         "timestep_loss", "lower", (SCENES, MODEL), instruments.timestep_loss,
         "denoising loss of drawn held-out scenes, mean over ten timesteps", r"timestep_loss",
     ),
-    Metric("upsampler", None, (SCENES, MODEL), enlarging.upsampler, "a cascade's second network on drawn scenes"),
+    Metric(
+        "upsampler", "higher", (SCENES, MODEL), enlarging.upsampler, "a second network alone, enlarging drawn scenes",
+        rf"{enlarging.GAIN}|{enlarging.READ}",
+    ),
     Metric(
         "swap", None, (SCENES, TEXT_MODEL), instruments.swap, "whose facts are shown when texts are exchanged",
         pieces=instruments.SWAP,
