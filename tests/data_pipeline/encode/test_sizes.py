@@ -20,7 +20,7 @@ from raphael.base.config.params import load_config
 from raphael.base.images.fit import fit, told_sizes
 from raphael.base.randomness import SampleRng
 from raphael.base.records import SIZES, Records
-from raphael.base.stage import Stage, StageError
+from raphael.base.stage import Stage, StageError, write_json
 from raphael.base.strict import ConfigError
 
 COUNT = 10
@@ -135,6 +135,8 @@ def test_a_model_that_is_told_sizes_is_trained_by_the_stage_and_samples_at_any_s
     (workspace / "params.yaml").write_text(yaml.safe_dump(settings))
     write_tables(workspace)
     run(workspace, *STAGES)
+    prompts = [{"prompt": "a red square on white", "suite": "captions", "truth": None, "reference": None}]
+    write_json(workspace / "data/source/prompts.json", {"source": "scenes", "prompts": prompts})
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("MLFLOW_TRACKING_URI", None)
     command = [sys.executable, "-m", "raphael.train"]
