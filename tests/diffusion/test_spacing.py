@@ -103,8 +103,9 @@ def test_an_upsampler_is_asked_at_the_27_timesteps_from_noisy_to_clean() -> None
 
 
 def test_fast27_has_27_steps_and_is_told_only_where_it_is_chosen() -> None:
-    with pytest.raises(ValueError, match="upsampler_steps: got 10 with upsampler_spacing fast27, expected 27"):
-        Sampling(upsampler_spacing="fast27")
+    with pytest.raises(ValueError, match="upsampler_steps: got 9 with upsampler_spacing fast27, expected 27"):
+        Sampling(upsampler_steps=9, upsampler_spacing="fast27")
+    assert Sampling(upsampler_spacing="fast27").upsampler_steps == 10, "nobody asked for another number"
     assert "upsampler_spacing" not in to_dict(Sampling())
     assert Sampling(upsampler_steps=27, upsampler_spacing="fast27").of_one_network() == Sampling()
 

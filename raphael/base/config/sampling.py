@@ -65,7 +65,8 @@ class Sampling:
                     f"{name}: got {_short(got)} with sampler {self.sampler}, expected {_short(default)}: only "
                     f"{', '.join(samplers)} has it"
                 )
-        if self.upsampler_spacing == "fast27" and self.upsampler_steps != 27:
+        # the default of the number of steps means that nobody asked for one
+        if self.upsampler_spacing == "fast27" and self.upsampler_steps not in (27, type(self).upsampler_steps):
             raise ValueError(
                 f"upsampler_steps: got {self.upsampler_steps} with upsampler_spacing fast27, expected 27; or set "
                 "upsampler_spacing trailing"
