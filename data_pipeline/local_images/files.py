@@ -9,6 +9,9 @@ from raphael.base.config.data import SourceConfig
 from raphael.base.stage import StageError
 
 
+MOST_BODY_BYTES = 256 << 20  # of an image that is read at all, above any limit of `download`: holes cost no disk
+
+
 class ImageFiles:
     """The images below `root`. Beside `find`, what Collection asks for."""
 
@@ -19,9 +22,14 @@ class ImageFiles:
         self.real = self.root.resolve()
 
     def names(self) -> list[str]:
-        """Of every image, sorted."""
-        found = (path for path in self.root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+        """Of every image, sorted. One that is a link out of the folder is none of it."""
+        images = (path for path in self.root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        found = (path for path in images if path.is_file() and self.is_inside(path))
         return [path.relative_to(self.root).as_posix() for path in sorted(found)]
+
+    def is_inside(self, path: Path) -> bool:
+        """Whether what a path leads to lies in the folder: an archive from a stranger can hold links to your files."""
+        return path.resolve().is_relative_to(self.real)
 
     def path(self, name: str) -> Path | None:
         """None where it is no image, or leads out of the folder by dots or by a link."""
@@ -41,7 +49,10 @@ class ImageFiles:
     def body(self, name: str) -> bytes | None:
         path = self.path(name)
         try:
-            return path.read_bytes() if path else None
+            if path is None:
+                return None
+            with open(path, "rb") as file:
+                return file.read(MOST_BODY_BYTES)
         except OSError:
             return None
 
