@@ -8,7 +8,6 @@ from data_pipeline.common.places import IMAGE_FORMATS, IMAGE_SUFFIXES
 from raphael.base.config.data import SourceConfig
 from raphael.base.stage import StageError
 
-
 MOST_BODY_BYTES = 256 << 20  # of an image that is read at all, above any limit of `download`: holes cost no disk
 
 

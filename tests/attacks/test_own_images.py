@@ -1,4 +1,4 @@
-"""A folder, a table, a tar, a COCO of images that somebody sent: `raphael data check`, `raphael data caption`, `source`.
+"""A folder, a table, a tar, a COCO of images that somebody sent, for `raphael data check` and `caption` and `source`.
 
 Every file of each is damaged and made to lie; what lies outside of the folder is neither read nor told.
 """
@@ -82,16 +82,23 @@ def test_every_file_of_a_collection_may_be_damaged(form, tmp_path, capsys, tried
         path.write_bytes(whole)
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret", "a\0b", "x" * 300, "\udcff", "..", ""])
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/hostname", "a/../../secret", "a\0b", "x" * 300, "\udcff", "..", ""]
+)
 @pytest.mark.parametrize("form", ["metadata.jsonl", "COCO", "a tar"])
 def test_a_name_leads_nowhere_outside(form, name, tmp_path, capsys, tried):
     (tmp_path / "secret.png").write_bytes(bodies(1)[0][2])
     name = name + ".png" if "etc" not in name else name
     place = tmp_path / "in"
     if form == "metadata.jsonl":
-        write(with_metadata(place, 2) / "train/metadata.jsonl", json.dumps({"file_name": name, "text": "a text"}) + "\n")
+        write(
+            with_metadata(place, 2) / "train/metadata.jsonl", json.dumps({"file_name": name, "text": "a text"}) + "\n"
+        )
     elif form == "COCO":
-        about = {"images": [{"id": 1, "file_name": name}], "annotations": [{"id": 1, "image_id": 1, "caption": "a b c"}]}
+        about = {
+            "images": [{"id": 1, "file_name": name}],
+            "annotations": [{"id": 1, "image_id": 1, "caption": "a b c"}],
+        }
         (coco(place) / "captions_train2017.json").write_text(json.dumps(about))
     else:
         with tarfile.open(in_tar(place / "a.tar", 0), "w", errors="surrogateescape") as tar:
@@ -243,7 +250,9 @@ class Any: pass
 
 
 @pytest.mark.parametrize("kind_of_model", ["stranger", "blip"])
-def test_a_captioning_model_runs_no_code_of_its_folder_and_asks_nobody(kind_of_model, tmp_path, capsys, monkeypatch, tried):
+def test_a_captioning_model_runs_no_code_of_its_folder_and_asks_nobody(
+    kind_of_model, tmp_path, capsys, monkeypatch, tried
+):
     """transformers asks on the terminal whether to run a folder's code, unless it is told."""
     import builtins
 

@@ -137,10 +137,13 @@ def test_an_archive_that_is_damaged_or_lies_is_one_line(tmp_path, capsys, tried)
     packed = archive(file, said, {"0": bytes(4 << 10)}, compression=zipfile.ZIP_DEFLATED).read_bytes()
     assert read_ckpt(archive(file, said, {"0": bytes(4 << 10)}))["a"].numel() == 1 << 10
     cases = [*damaged(whole, random.Random(1), 25), *damaged(packed, random.Random(2), 25)]
+    local, central = b"PK\3\4\x14\0\0\0", b"PK\1\2\x14\3\x14\0\0\0"  # what stands before a member's method
     for method in (1, 12, 14, 99):  # imploded, bzip2, lzma, encrypted
-        cases.append(("another method of packing", whole.replace(b"PK\3\4\x14\0\0\0\0\0", b"PK\3\4\x14\0\0\0" + bytes([method, 0]))
-                      .replace(b"PK\1\2\x14\3\x14\0\0\0\0\0", b"PK\1\2\x14\3\x14\0\0\0" + bytes([method, 0]))))  # fmt: skip
-    cases.append(("encrypted", whole.replace(b"PK\1\2\x14\3\x14\0\0\0", b"PK\1\2\x14\3\x14\0\1\0")))
+        packed = whole.replace(local + b"\0", local + bytes([method])).replace(
+            central + b"\0", central + bytes([method])
+        )
+        cases.append(("another method of packing", packed))
+    cases.append(("encrypted", whole.replace(central, central[:-2] + b"\1\0")))
     for what, data in cases:
         assert data != whole
         file.write_bytes(data)

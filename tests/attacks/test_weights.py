@@ -6,6 +6,7 @@ or says one line: nothing else comes out, nothing is left behind, nothing outsid
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import random
@@ -14,7 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from attacks.hostile_files import damaged, ended_in_a_line, hostile_json, hostile_safetensors, kind, parsed, safetensors, write
+from attacks.hostile_files import (
+    damaged,
+    ended_in_a_line,
+    hostile_json,
+    hostile_safetensors,
+    kind,
+    parsed,
+    safetensors,
+    write,
+)
 from truth.tiny_adapter import made_pairs
 from truth.tiny_raphael import write_pipeline
 
@@ -33,6 +43,14 @@ def one_thread():
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return write_pipeline(tmp_path_factory.mktemp("model") / "raphael")
+
+
+@pytest.fixture
+def one_tokenizer(monkeypatch) -> None:
+    """open_clip's own table takes a second to read, each time, and is not what is attacked."""
+    from raphael.encoders import clip
+
+    monkeypatch.setattr(clip, "_tokenizer", functools.cache(clip._tokenizer))
 
 
 def imported(source: Path, out: Path) -> Callable[[], int]:
@@ -139,7 +157,16 @@ def test_a_single_file_is_imported_or_refused_in_a_line(model, tmp_path, capsys,
             said = {**header, "__metadata__": {**header["__metadata__"], field: text}}
             file.write_bytes(safetensors(json.dumps(said).encode(), body))
             tried("a single file", f"its header's {field}", kind(what), ended_in_a_line(act, capsys))
-    for name in ("../planted", "/tmp/planted-by-import", "a/../../planted", "a\0b", "manifest.json", "", ".", "x" * 300):
+    for name in (
+        "../planted",
+        "/tmp/planted-by-import",
+        "a/../../planted",
+        "a\0b",
+        "manifest.json",
+        "",
+        ".",
+        "x" * 300,
+    ):
         files = json.dumps({**json.loads(header["__metadata__"]["files"]), name: "{}"})
         said = {**header, "__metadata__": {**header["__metadata__"], "files": files}}
         file.write_bytes(safetensors(json.dumps(said).encode(), body))
@@ -151,16 +178,19 @@ def test_a_single_file_is_imported_or_refused_in_a_line(model, tmp_path, capsys,
 # ---- an export's folder, a pipeline's folder, a guide's ------------------------------------------------------------
 
 
-def every_file(folder: Path, act: Callable[[], int], capsys, tried, target: str, flips: int = 3, values: int = 12):
+MOST = 7  # attempts on one file of a folder
+
+
+def every_file(folder: Path, act: Callable[[], int], capsys, tried, target: str) -> None:
     """Each file of a folder in turn, the others whole."""
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         whole, rng, name = path.read_bytes(), random.Random(path.name), path.relative_to(folder).as_posix()
-        cases: list = list(damaged(whole, rng, flips))
+        cases: list = list(damaged(whole, rng, 3))
         if path.suffix == ".safetensors":
             cases += hostile_safetensors(whole)
         if path.suffix == ".json":
-            cases += hostile_json(whole.decode(), rng, values)
-        for what, content in cases:
+            cases += hostile_json(whole.decode(), rng, 12)
+        for what, content in rng.sample(cases, MOST):
             write(path, content)
             try:
                 tried(target, name, kind(what), ended_in_a_line(act, capsys))
@@ -174,7 +204,7 @@ def every_file(folder: Path, act: Callable[[], int], capsys, tried, target: str,
 def test_an_exports_folder_is_imported_or_refused_in_a_line(model, tmp_path, capsys, tried):
     folder = tmp_path / "export"
     assert main(["export", str(model), "--out", str(folder)]) == 0
-    every_file(folder, imported(folder, tmp_path / OUT), capsys, tried, "an export's folder", 1, 6)
+    every_file(folder, imported(folder, tmp_path / OUT), capsys, tried, "an export's folder")
 
 
 def opened(folder: Path) -> Callable[[], int]:
@@ -192,11 +222,13 @@ def opened(folder: Path) -> Callable[[], int]:
     return act
 
 
-def test_a_pipelines_folder_that_nobody_sealed_is_opened_or_refused_in_a_line(model, tmp_path, capsys, tried):
+def test_a_pipelines_folder_that_nobody_sealed_is_opened_or_refused_in_a_line(
+    model, tmp_path, capsys, tried, one_tokenizer
+):
     folder = tmp_path / "raphael"
     shutil.copytree(model, folder)
     (folder / "contents.json").unlink(missing_ok=True)
-    every_file(folder, opened(folder), capsys, tried, "a pipeline's folder", 2, 6)
+    every_file(folder, opened(folder), capsys, tried, "a pipeline's folder")
 
 
 def resigned(folder: Path, name: str, content: bytes) -> None:
@@ -217,14 +249,16 @@ def sign(folder: Path, manifest: dict) -> None:
     write(folder / "manifest.json", text({**content, "sha256": sha256}))
 
 
-def test_a_checkpoint_whose_maker_signed_the_lie_is_opened_or_refused_in_a_line(model, tmp_path, capsys, tried):
+def test_a_checkpoint_whose_maker_signed_the_lie_is_opened_or_refused_in_a_line(
+    model, tmp_path, capsys, tried, one_tokenizer
+):
     folder = tmp_path / "raphael"
     shutil.copytree(model, folder)
     (folder / "contents.json").unlink(missing_ok=True)
     act, meta = opened(folder), (folder / "meta.json").read_text()
     resigned(folder, "meta.json", meta.encode())
     assert ended_in_a_line(act, capsys) == "taken"
-    for what, text in hostile_json(meta, random.Random(3), 120):
+    for what, text in hostile_json(meta, random.Random(3), 60):
         try:
             resigned(folder, "meta.json", text.encode("utf-8", "surrogateescape"))
             tried("a signed checkpoint", "meta.json", kind(what), ended_in_a_line(act, capsys))
@@ -232,7 +266,7 @@ def test_a_checkpoint_whose_maker_signed_the_lie_is_opened_or_refused_in_a_line(
             raise AssertionError(f"meta.json: {what}") from error
     resigned(folder, "meta.json", meta.encode())
     manifest = json.loads((folder / "manifest.json").read_text())
-    for what, text in hostile_json(json.dumps(manifest), random.Random(4), 150):
+    for what, text in hostile_json(json.dumps(manifest), random.Random(4), 60):
         try:
             said = json.loads(text)
             if isinstance(said, dict):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from raphael.base.checkpoint.folder import PICKLES
 from raphael.base.files import file_sha256, written_whole
-from raphael.base.stage import StageError, read_json, write_json
+from raphael.base.stage import StageError, of_a_stranger, read_json, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -142,9 +142,14 @@ def find_file(path: str | Path) -> Path:
 
 def read_lora(path: str | Path) -> LoraFile:
     """Raises StageError, one line, for what is absent, damaged, no LoRA, incomplete or not finite."""
+    file = find_file(path)
+    with of_a_stranger(file):
+        return _read(file)
+
+
+def _read(file: Path) -> LoraFile:
     from safetensors import SafetensorError, safe_open
 
-    file = find_file(path)
     try:
         with safe_open(file, "pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
