@@ -21,9 +21,8 @@ class ImageFiles:
         self.real = self.root.resolve()
 
     def names(self) -> list[str]:
-        """Of every image, sorted. One that is a link out of the folder is none of it."""
-        images = (path for path in self.root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        found = (path for path in images if path.is_file() and self.is_inside(path))
+        """Of every image, sorted."""
+        found = (path for path in self.root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
         return [path.relative_to(self.root).as_posix() for path in sorted(found)]
 
     def is_inside(self, path: Path) -> bool:
@@ -40,9 +39,12 @@ class ImageFiles:
             return None
 
     def size(self, name: str) -> tuple[int, int]:
+        """Raises OSError also for a link out of the folder, whose size nobody is told."""
         from PIL import Image
 
-        with Image.open(self.root / name, formats=IMAGE_FORMATS) as image:
+        if (path := self.path(name)) is None:
+            raise OSError(f"{name}: no image of this folder")
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             return image.size
 
     def body(self, name: str) -> bytes | None:

@@ -25,6 +25,7 @@ from truth.own_images import bodies, found, in_parquet, in_tar, settings, sideca
 
 from data_pipeline.gateway.bodies import BodyLimits
 from data_pipeline.tools.checking.check import main as check_main
+from data_pipeline.local_images.kinds import open_collection
 from raphael.base.stage import Stage, one_clear_line
 
 TARGET = "raphael data check"
@@ -127,7 +128,11 @@ def test_a_link_tells_nothing_of_what_it_leads_to(project, tmp_path, tried):
     (root / "linked.png").symlink_to(secret / "image_01.png")
     (root / "linked.txt").write_text("an image of somebody else's")
     rows, _, _ = found(settings(project, "folder", root))
-    assert rows.keys() == {"image_00.png"}
+    assert rows == {"image_00.png": "a red square on green, number 0", "linked.png": "an image of somebody else's"}
+    collection = open_collection(settings(project, "folder", root).source)
+    assert collection.body("linked.png") is None and collection.body("image_00.png")
+    with pytest.raises(OSError):
+        collection.size("linked.png")
     tried(TARGET, "a folder", "a caption that is a link to a key", "not read")
     (root / "metadata.jsonl").symlink_to(secret / "rows.jsonl")
     with contextlib.suppress(Exception):
@@ -135,6 +140,7 @@ def test_a_link_tells_nothing_of_what_it_leads_to(project, tmp_path, tried):
     assert "a secret caption" not in rows.values()
     tried(TARGET, "a folder", "a metadata file that is a link", "not read")
     (root / "metadata.jsonl").unlink()
+    (root / "linked.png").unlink()
     (root / "loop").symlink_to(root)
     assert len(found(settings(project, "folder", root))[0]) == 1
     os.mkfifo(root / "image_02.png")
