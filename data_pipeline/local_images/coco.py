@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections import Counter
 from pathlib import Path
 
+from data_pipeline.common.addresses import one_line
 from data_pipeline.local_images.collection import NOT_HERE, Captioned, Found
 from data_pipeline.local_images.files import ImageFiles
 from raphael.base.stage import StageError
@@ -39,14 +41,13 @@ def _captions(root: Path, split: str, required: bool) -> list[tuple[str, str, bo
             data = json.loads(file.read_text(encoding="utf-8"))
             names = {image["id"]: image["file_name"] for image in data["images"]}
             for item in data["annotations"]:
-                captions[item["id"]] = (
-                    f"{split}/{names[item['image_id']]}",
-                    item["id"],
-                    " ".join(item["caption"].split()),
-                )
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+                number = operator.index(item["id"])  # TypeError for what cannot be put in order
+                words = " ".join(item["caption"].split())
+                captions[number] = (f"{split}/{names[item['image_id']]}", number, words)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise StageError(
-                f"{file}: not COCO caption JSON ({type(error).__name__}: {error}); expected images and annotations"
+                f"{file}: not COCO caption JSON ({type(error).__name__}: {one_line(error)}); expected images and "
+                "annotations"
             ) from None
     present = {f"{split}/{path.name}" for path in (root / split).glob("*")}
     return [(name, text, name in present) for name, _, text in sorted(captions.values())]

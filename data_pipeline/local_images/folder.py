@@ -19,6 +19,7 @@ from raphael.base.stage import StageError
 
 SIDECARS = (".txt", ".caption")  # in this order: the first that is there
 KOHYA = re.compile(r"([1-9]\d{0,2})_(.+)")  # a year, 2024_holidays, is no number of repeats
+MAX_TEXT_BYTES = 4 << 20  # of a caption's file
 UNLISTED = "not in the metadata file"
 
 
@@ -37,7 +38,8 @@ class Folder(ImageFiles):
     def find(self, dropped: Counter[str]) -> Found:
         """Raises StageError where captions are asked for from metadata files and none is there, or one is broken."""
         names = self.names()
-        files = sorted(path for name in METADATA_NAMES for path in self.root.rglob(name) if path.is_file())
+        places = (path for name in METADATA_NAMES for path in self.root.rglob(name))
+        files = sorted(path for path in places if path.is_file() and self.is_inside(path))
         if self.source.captions == "metadata" and not files:
             raise StageError(f"{self.root}: got none of {', '.join(METADATA_NAMES)}, which source.captions asks for")
         if files and self.source.captions in ("auto", "metadata"):
@@ -80,11 +82,13 @@ class Folder(ImageFiles):
         return Found(rows, None, facts)
 
     def _sidecar(self, name: str) -> list[str] | None:
-        """None where there is no such file; [] where it is empty."""
+        """None where there is no such file in the folder; [] where it is empty, or no caption by its size."""
         for suffix in SIDECARS:
             beside = (self.root / name).with_suffix(suffix)
-            if beside.is_file():
-                lines = beside.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+            if beside.is_file() and self.is_inside(beside):
+                with open(beside, "rb") as file:
+                    data = file.read(MAX_TEXT_BYTES + 1)
+                lines = [] if len(data) > MAX_TEXT_BYTES else data.decode("utf-8-sig", errors="replace").splitlines()
                 return [words for line in lines if (words := " ".join(line.split()))]
         return None
 

@@ -19,6 +19,7 @@ from raphael.base.stage import StageError
 
 NO_IMAGE = "no picture beside the caption"
 MAX_TEXT_BYTES = 4 << 20
+MOST_BODY_BYTES = 256 << 20  # of an image that is read at all, above any limit of `download`
 
 
 class Tars:
@@ -76,7 +77,9 @@ class Tars:
         file = self.files[label]
         try:
             self.tar = tarfile.open(fileobj=open_file(file))
-            self.members = {member.name: member for member in self.tar if member.isfile()}
+            # a sparse member is a kilobyte that says it is a terabyte; no writer of data sets makes one
+            members = (member for member in self.tar if member.isfile() and not member.issparse())
+            self.members = {member.name: member for member in members}
         except (tarfile.TarError, EOFError, OSError) as error:
             raise StageError(f"{file}: not a whole tar ({one_line(error)}); make it again") from None
         self.label = label
@@ -111,7 +114,7 @@ class Tars:
         return self._read(info).decode("utf-8-sig", errors="replace")
 
     def _read(self, member: tarfile.TarInfo) -> bytes:
-        body = self.tar.extractfile(member).read()
-        if len(body) < member.size:
+        body = self.tar.extractfile(member).read(MOST_BODY_BYTES)
+        if len(body) < min(member.size, MOST_BODY_BYTES):
             raise StageError(f"{self.files[self.label]}: ends within {member.name}; make it again")
         return body

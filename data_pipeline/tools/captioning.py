@@ -8,6 +8,7 @@ before you train on them. Weights are read from safetensors alone, and no code o
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.common.places import IMAGE_FORMATS, IMAGE_SUFFIXES
+from data_pipeline.gateway.bodies import BodyLimits
 from raphael.base import devices
+from raphael.base.config.params import load_config
 from raphael.base.files import written_whole
 from raphael.base.stage import StageError, one_clear_line
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+PROJECT = Path(__file__).resolve().parents[2]
 CHAT_PROMPT = "Describe this image in one sentence."
 TASK_PROMPT = "<CAPTION>"  # Florence-2's models have tasks, not questions
 
@@ -44,11 +48,11 @@ class Captioner:
 
         is_here = Path(place).is_dir()
         try:
-            processor = AutoProcessor.from_pretrained(place, local_files_only=is_here)
+            processor = AutoProcessor.from_pretrained(place, local_files_only=is_here, trust_remote_code=False)
             model = AutoModelForImageTextToText.from_pretrained(
-                place, local_files_only=is_here, use_safetensors=True, dtype="auto"
+                place, local_files_only=is_here, use_safetensors=True, dtype="auto", trust_remote_code=False
             )
-        except (OSError, ValueError, ImportError, KeyError) as error:
+        except Exception as error:  # a folder whose files do not fit fails in as many ways as transformers has
             detail = " ".join(str(error).split())[:300]
             where = "" if is_here else f"no folder {place} here, and as a hub id: "
             raise StageError(
@@ -121,10 +125,19 @@ def _opened(path: Path) -> Image.Image | None:
     from raphael.base.images.colours import as_seen
 
     try:
+        if _limits().refuses(path.read_bytes()):
+            return None
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             return as_seen(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # UnknownColours is a ValueError
         return None
+
+
+@functools.cache
+def _limits() -> BodyLimits:
+    """Of the project's own settings."""
+    download = load_config(PROJECT / "params.yaml").download
+    return BodyLimits(download.max_bytes, download.max_pixels, download.max_decoded_bytes)
 
 
 def _write(path: Path, text: str) -> None:

@@ -15,7 +15,7 @@ from flows.pipelines.tracked_runs import flow_run_name, one_run_over_all
 from flows.workspace import settings
 from raphael.base.code.stage_code import undeclared
 from raphael.base.cores.threads import available
-from raphael.base.stage import StageError, read_json
+from raphael.base.stage import StageError, only_run, read_json
 from raphael.base.strict import ConfigError
 
 FLOW = "raphael"  # all flows share the name: Prefect calls a deployment <flow>/<deployment>
@@ -26,13 +26,19 @@ def run_stages(stages: list[str], overrides: dict[str, Any] | None = None, root:
     """Bring `stages` up to date in this order, in the workspace `root` (default: the current folder).
 
     overrides: {"generate.seed": 1}: written into params.yaml first, once it is known that the result loads.
-    Returns what became of each stage: "ran", "restored" or "up to date". Raises StageError or ConfigError, one line.
+    Returns what became of each stage: "ran", "restored" or "up to date". Raises StageError or ConfigError, one line,
+    also where another flow is going on in the workspace.
     """
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addFilter(_without_traceback)
     root = (root or Path.cwd()).resolve()
+    with only_run("flow", root):  # another flow's overrides would reach the stages of this one that are still to come
+        return _run_stages(stages, overrides or {}, root)
+
+
+def _run_stages(stages: list[str], overrides: dict[str, Any], root: Path) -> dict[str, str]:
     pipeline = read_pipeline(root)
-    config = settings.apply(root / "params.yaml", overrides or {})
+    config = settings.apply(root / "params.yaml", overrides)
     needs = ancestors(pipeline)
     stale = out_of_date(root)
     missing = {name for stage in stages for name in needs[stage] if name in stale} - set(stages)

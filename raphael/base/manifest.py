@@ -56,7 +56,7 @@ def read_manifest(folder: str | Path, form: str) -> dict[str, Any]:
         raise ManifestError(
             f"{path}: no such file: {folder} is absent or unfinished; run what makes it again"
         ) from None
-    except ValueError:  # JSON and UTF-8 errors
+    except (ValueError, RecursionError):  # JSON and UTF-8 errors; brackets in brackets
         raise ManifestError(f"{path}: damaged (not valid JSON); restore it or run what makes it again") from None
     content = (
         {name: value for name, value in manifest.items() if name != "sha256"} if isinstance(manifest, dict) else {}
@@ -67,6 +67,8 @@ def read_manifest(folder: str | Path, form: str) -> dict[str, Any]:
     ending = f',\n "sha256": "{said}"\n}}\n'.encode()
     if (
         set(content) != {"format", "files", "facts"}
+        or not isinstance(content["files"], dict)
+        or not isinstance(content["facts"], dict)
         or not raw.endswith(ending)
         or hashlib.sha256(raw.removesuffix(ending) + b"\n}\n").hexdigest() != said
     ):

@@ -34,14 +34,15 @@ from raphael.base.integrity import published
 from raphael.base.strict import ConfigError
 
 __all__ = [
-    "HASHED_WHOLE_BYTES", "Progress", "Stage", "StageError", "TERMINATED", "device_of", "file_sha256", "main",
-    "one_clear_line", "only_run", "read_json", "write_json",
+    "HASHED_WHOLE_BYTES", "Progress", "Stage", "StageError", "TERMINATED", "device_of", "file_sha256", "harmless",
+    "main", "of_a_stranger", "one_clear_line", "only_run", "read_json", "write_json",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     import torch
 
 HASHED_WHOLE_BYTES = 64 << 20  # larger inputs are known by size and time of change: hashing terabytes would take hours
+LONGEST_LINE = 1600  # characters of an error
 TERMINATED = 143  # the status of a process that SIGTERM ended
 
 
@@ -229,13 +230,14 @@ def one_clear_line(name: str) -> Iterator[_Outcome]:
     try:
         yield outcome
     except (StageError, ConfigError) as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {harmless(str(error))}", file=sys.stderr)
         outcome.status = 1
     except OSError as error:
         if os.environ.get("RAPHAEL_TRACEBACK"):
             raise
         where = f": {error.filename}" if error.filename else ""
-        print(f"{name}: error: {error.strerror or error}{where} (RAPHAEL_TRACEBACK=1 shows where)", file=sys.stderr)
+        text = harmless(f"{error.strerror or error}{where}")
+        print(f"{name}: error: {text} (RAPHAEL_TRACEBACK=1 shows where)", file=sys.stderr)
         outcome.status = 1
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command resumes from here", file=sys.stderr)
@@ -244,6 +246,35 @@ def one_clear_line(name: str) -> Iterator[_Outcome]:
         if end.code == TERMINATED:
             print(f"{name}: terminated; the same command resumes from here", file=sys.stderr)
         raise
+
+
+@contextlib.contextmanager
+def of_a_stranger(where: str | Path) -> Iterator[None]:
+    """Around the reading of a file whose maker decided every key, type and number in it: what does not fit is one line.
+
+    A list where a mapping belongs, a key that is gone, a side of 10^400: no reader asks for each. Raises StageError in
+    place of the errors that such things end in; with RAPHAEL_TRACEBACK=1 these themselves.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, MemoryError, *_damaged()) as error:
+        if os.environ.get("RAPHAEL_TRACEBACK"):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise StageError(f"{where}: its files do not fit ({reason}); RAPHAEL_TRACEBACK=1 shows where") from error
+
+
+def _damaged() -> tuple[type[Exception], ...]:
+    library = sys.modules.get("safetensors")
+    return (library.SafetensorError,) if library else ()
+
+
+def harmless(text: str) -> str:
+    """A message in one line that says nothing else to a terminal: names in it may be a stranger's. Of a very long one,
+    its beginning and its end."""
+    if len(text) > LONGEST_LINE:
+        text = f"{text[: LONGEST_LINE * 3 // 4]} ... {text[-LONGEST_LINE // 4 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def write_json(path: Path, data: Any, lasting: bool = True) -> None:

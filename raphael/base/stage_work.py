@@ -136,6 +136,7 @@ def find(home: Path, inputs: str, code: StageCode | None, anew: bool = False) ->
 def sweep(home: Path, found: Found, inputs: str) -> list[str]:
     """Remove leftovers for which nobody would come back. Returns a line on each that held checkpoints."""
     kept: list[tuple[float, int, Path]] = []  # (when it was last touched, bytes)
+    last_s = _last_worked(home.parent)
     for other in list(home.iterdir()):
         if other == found.path:
             continue
@@ -146,6 +147,11 @@ def sweep(home: Path, found: Found, inputs: str) -> list[str]:
         else:
             shutil.rmtree(other)
     lines, now, total = [], time.time(), sum(size for _, size, _ in kept)
+    if kept and last_s is not None and now - last_s > KEPT_DAYS * DAY_S:
+        days = (now - last_s) / DAY_S
+        return [
+            f"the clock says that no stage ran here for {days:.0f} days: nothing of before is removed by its age now"
+        ]
     for touched_s, size, folder in sorted(kept):
         days = (now - touched_s) / DAY_S
         if days > KEPT_DAYS or (total > KEPT_BYTES and days > SAFE_DAYS):
@@ -157,6 +163,13 @@ def sweep(home: Path, found: Found, inputs: str) -> list[str]:
                 f"{KEPT_BYTES / 1e9:g} GB of it)"
             )
     return lines
+
+
+def _last_worked(work: Path) -> float | None:
+    """When a stage last ended in this workspace, by the clock of then. A clock that jumps ahead (a dead battery, a
+    wrong time server) makes everything old at once."""
+    times = [path.stat().st_mtime for path in (work / "timings").glob("*.json")]
+    return max(times, default=None)
 
 
 def _refusal(folder: Path, record: dict[str, Any], code: StageCode) -> str:

@@ -14,6 +14,7 @@ from raphael.base.config.preset import DiffusionConfig
 from raphael.base.config.sampling import Sampling
 from raphael.base.config.systems import DEFAULT, expect_system, find_system, system_of
 from raphael.base.integrity.contents import check_contents, model_sha256
+from raphael.base.stage import of_a_stranger
 from raphael.diffusion.noise import noise_of
 from raphael.diffusion.prediction import prediction_of
 from raphael.diffusion.samplers import Callback
@@ -37,6 +38,7 @@ from raphael.systems.request import (
     Texts,
     chosen_sampling,
     default_size,
+    expect_sizes,
     read_images,
     read_seeds,
     read_words,
@@ -113,15 +115,17 @@ class Pipeline(Adaptable):
         another shape; ValueError for another type.
         """
         expect_type(torch_dtype)
-        opened = open_pretrained(pretrained_model_name_or_path)
-        folder = opened.folder
-        meta = Stored(folder).meta
-        kind = module_of(system_of(meta), "pipeline", f"{folder}: meta.json: system").PIPELINE
-        if not issubclass(kind, cls):
-            expect_system(meta, folder, cls.system)
-        check_contents(folder, list(find_system(system_of(meta)).carries))
-        pipeline = kind.load(folder, weights)
-        pipeline.identity, pipeline.source = model_sha256(folder)[:16], opened
+        with of_a_stranger(pretrained_model_name_or_path):
+            opened = open_pretrained(pretrained_model_name_or_path)
+            folder = opened.folder
+            meta = Stored(folder).meta
+            expect_sizes(meta.get("picture"), f"{folder}: meta.json")
+            kind = module_of(system_of(meta), "pipeline", f"{folder}: meta.json: system").PIPELINE
+            if not issubclass(kind, cls):
+                expect_system(meta, folder, cls.system)
+            check_contents(folder, list(find_system(system_of(meta)).carries))
+            pipeline = kind.load(folder, weights)
+            pipeline.identity, pipeline.source = model_sha256(folder)[:16], opened
         if torch_dtype == torch.bfloat16:
             cast(pipeline, torch_dtype)
         return pipeline.to(device)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from raphael.base.config.sampling import OWN, Sampling
+from raphael.base.stage import StageError
 from raphael.base.strict import load, to_dict
 from raphael.diffusion.image_noise import BatchNoise, FromImage, GeneratorNoise, ImageNoise, ImageSeed, StartedFrom
 from raphael.diffusion.noise import RectifiedFlow
@@ -305,6 +306,19 @@ def default_size(picture: dict[str, Any]) -> tuple[int, int]:
     """
     height, width = picture["sizes_px"][0] if "sizes_px" in picture else (picture["height_px"], picture["width_px"])
     return height, width
+
+
+LARGEST_SIDE_PX = 1 << 16
+
+
+def expect_sizes(picture: Any, where: str) -> None:
+    """That `default_size` has something to read: whole numbers of pixels. Raises StageError."""
+    said = picture if isinstance(picture, dict) else {}
+    one = [said.get("height_px"), said.get("width_px")]
+    sizes = said.get("sizes_px", [one])
+    pairs = isinstance(sizes, list) and all(isinstance(size, list) and len(size) == 2 for size in sizes)
+    if not pairs or not sizes or any(type(n) is not int or not 0 < n <= LARGEST_SIDE_PX for n in sum(sizes, [])):
+        raise StageError(f"{where}: picture: got {str(picture)[:80]}, expected sizes_px: [[height, width]] in px")
 
 
 def refuse_unknown(unknown: dict[str, Any], call: Callable[..., Any]) -> None:

@@ -102,3 +102,23 @@ def test_json_is_written_whole_and_errors_of_reading_name_the_file(tmp_path):
 def test_the_ground_floor_loads_no_heavy_library():
     code = "import sys, raphael.base.stage; print([m for m in ('torch', 'ray', 'mlflow') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_a_strangers_name_in_an_error_moves_no_cursor_breaks_no_line_and_fills_no_screen(capsys):
+    from raphael.base.stage import LONGEST_LINE, one_clear_line
+
+    for text in (
+        "a\x1b]0;owned\x07\x1b[2Jb",
+        "a\nraphael: all is well\nb",
+        "a\u202eb",
+        "a" + "x" * 10**6 + "b",
+        "a\udcffb",
+    ):
+        with one_clear_line("stage") as outcome:
+            raise StageError(text)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert outcome.status == 1 and line.startswith("stage: error: a") and line.endswith("b")
+        assert line.isprintable() and len(line) < LONGEST_LINE + 100
+    with one_clear_line("stage"):
+        raise StageError("got ü, 日本, expected ‘x’")
+    assert capsys.readouterr().err == "stage: error: got ü, 日本, expected ‘x’\n"

@@ -106,3 +106,22 @@ def test_checkpoints_go_by_age_and_size_and_each_is_named(tmp_path: Path, monkey
     monkeypatch.setattr(stage_work, "KEPT_BYTES", 0)
     (line,) = stage_work.sweep(tmp_path, found, "now")
     assert folders["late"].name in line and folders["fresh"].is_dir(), "what was touched this week may still be running"
+
+
+def test_a_clock_that_jumps_removes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ahead by ten years all work is old at once, unless a stage ran meanwhile; back to 1970 none ever is."""
+    home = tmp_path / "work" / "train"
+    path = begun(home, "old", code("a"))
+    (tmp_path / "work" / "timings").mkdir()
+    (tmp_path / "work" / "timings" / "train.json").write_text("{}")
+    found, real = stage_work.find(home, "now", code("a")), time.time
+    monkeypatch.setattr(stage_work.time, "time", lambda: real() + 3650 * DAY_S)
+    (line,) = stage_work.sweep(home, found, "now")
+    assert "no stage ran here for 3650 days: nothing of before is removed" in line and path.is_dir()
+    monkeypatch.setattr(stage_work.time, "time", lambda: 0.0)
+    assert stage_work.sweep(home, found, "now") == [] and path.is_dir()
+    monkeypatch.setattr(stage_work.time, "time", real)
+    for part in [*path.rglob("*"), path]:
+        os.utime(part, (real() - 31 * DAY_S,) * 2)
+    (line,) = stage_work.sweep(home, found, "now")
+    assert "31 days" in line and not path.exists(), "it goes where stages ran meanwhile"

@@ -1,17 +1,14 @@
 """generate, evaluate and report, one after another, in a workspace of the smallest size."""
 
-import io
 import json
 import re
 import shutil
-import tarfile
 
-import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
-from truth.tiny_raphael import ROOT, write_pipeline
+from truth.generating_workspace import write_generating_workspace
+from truth.tiny_raphael import ROOT
 
 from raphael.base.config.params import load_config
 from raphael.base.stage import Stage, StageError, main
@@ -20,41 +17,8 @@ from raphael.base.strict import ConfigError
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """data/source, data/shards, data/captions and models/raphael as the stages before leave them."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from PIL import Image
-
-    from data_pipeline.source.scene_captions import heldout_prompts
-    from data_pipeline.source.scene_probe import probe_set
-
     torch.set_num_threads(1)
-    root = tmp_path_factory.mktemp("workspace")
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params["generate"] |= {"steps": 2, "batch_size": 5, "images_per_prompt": 1}
-    params["evaluate"] |= {"max_reference_images": 10, "num_probe": 2, "num_knockout_images": 4, "num_swaps": 2}
-    (root / "params.yaml").write_text(yaml.safe_dump(params))
-    write_pipeline(root / "models/raphael")
-    (root / "data/source").mkdir(parents=True)
-    prompts = {"source": "scenes", "prompts": heldout_prompts(0, 3, 32, 0.12)}
-    (root / "data/source/prompts.json").write_text(json.dumps(prompts))
-    probe_set(0, 3, 32, 0.12, ()).write(root / "data/source/probe.npz")
-    (root / "data/shards").mkdir()
-    rng = np.random.default_rng(0)
-    with tarfile.open(root / "data/shards/00000.tar", "w") as tar:
-        for key in range(12):
-            buffer = io.BytesIO()
-            Image.fromarray(rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(buffer, "PNG")
-            member = tarfile.TarInfo(f"{key:09d}.png")
-            member.size = buffer.tell()
-            tar.addfile(member, io.BytesIO(buffer.getvalue()))
-    (root / "data/captions").mkdir()
-    kept = {"key": [f"{key:09d}" for key in range(11)], "shard": ["00000.tar"] * 11}
-    pq.write_table(pa.table(kept), root / "data/captions/captions.parquet")
-    (root / "reports").mkdir()
-    told = {"total": 11, "kept": 11, "dropped": {}, "buckets": {"64x64": 9, "48x96": 2, "96x48": 0}}
-    (root / "reports/encode.json").write_text(json.dumps(told))
-    return root
+    return write_generating_workspace(tmp_path_factory.mktemp("workspace"))
 
 
 def run_stage(name, workspace, monkeypatch):

@@ -181,14 +181,25 @@ def test_the_masked_update_of_a_device_is_the_one_left_out_on_a_cpu(name):
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_a_full_disk_stops_with_a_line_and_the_checkpoint_before_is_whole(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "No space left on device"),  # of blocks, and of inodes
+        (errno.EDQUOT, "Disk quota exceeded"),
+        (errno.EIO, "Input/output error"),
+        (errno.EROFS, "Read-only file system"),  # what a kernel makes of a disk that failed
+    ],
+)
+def test_a_disk_that_is_full_or_fails_stops_with_a_line_and_the_checkpoint_before_is_whole(
+    tmp_path, monkeypatch, number, words
+):
     real, calls = os.fsync, []
 
     def full(descriptor):
         if (tmp_path / "000000000096").exists():
             calls.append(descriptor)
         if len(calls) > 3:  # a checkpoint brings more files and folders than that to disk, the last of the first is one
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(number, os.strerror(number))
         real(descriptor)
 
     with monkeypatch.context() as patched:
@@ -196,7 +207,7 @@ def test_a_full_disk_stops_with_a_line_and_the_checkpoint_before_is_whole(tmp_pa
         with pytest.raises(CheckpointError) as caught:
             toy(tmp_path)
     line = str(caught.value)
-    assert "\n" not in line and "000000000192: the checkpoint cannot be written (No space left on device)" in line
+    assert "\n" not in line and f"000000000192: the checkpoint cannot be written ({words})" in line
     assert "GB are free" in line and f"resumes from {tmp_path / '000000000096'}, which is whole" in line
     assert [path.name for path in tmp_path.iterdir()] == ["000000000096"]
     read_checkpoint(tmp_path / "000000000096")

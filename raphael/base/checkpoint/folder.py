@@ -74,7 +74,13 @@ class Stored:
     @property
     def meta(self) -> dict[str, Any]:
         self._check(META)
-        return json.loads((self.folder / META).read_text(encoding="utf-8"))
+        try:
+            meta = json.loads((self.folder / META).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            meta = None  # its maker signed what is no JSON
+        if not isinstance(meta, dict):
+            raise CheckpointError(f"{self.folder / META}: got no mapping of JSON, expected what a training writes")
+        return meta
 
     def check(self, groups: list[str] | None = None, rank: int = 0, size: int = 1, tensors: bool = True) -> None:
         """Compare files with the manifest, and every tensor in them (tensors False: reading them will do that, in this

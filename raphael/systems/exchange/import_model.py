@@ -18,7 +18,7 @@ from raphael.base.checkpoint.folder import PICKLES, write_checkpoint
 from raphael.base.config.preset import DiffusionConfig, load_preset
 from raphael.base.files import put
 from raphael.base.integrity.contents import seal
-from raphael.base.stage import StageError, read_json
+from raphael.base.stage import StageError, of_a_stranger, read_json
 from raphael.base.strict import load, to_dict
 from raphael.diffusion.scheduler import BETAS, PREDICTIONS
 from raphael.systems.exchange.ckpt import read_ckpt
@@ -56,12 +56,13 @@ def import_model(
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        if source.is_file():
-            text = _from_file(source, temporary, preset, layers or {}, prediction)
-        elif read_json(source / "unet" / "config.json").get("_class_name") == UNET_CLASS:
-            text = _from_export(source, temporary)
-        else:
-            text = _from_stable_diffusion(source, temporary, preset, layers or {})
+        with of_a_stranger(source):
+            if source.is_file():
+                text = _from_file(source, temporary, preset, layers or {}, prediction)
+            elif read_json(source / "unet" / "config.json").get("_class_name") == UNET_CLASS:
+                text = _from_export(source, temporary)
+            else:
+                text = _from_stable_diffusion(source, temporary, preset, layers or {})
         seal(temporary)
         put(temporary, out)
     finally:

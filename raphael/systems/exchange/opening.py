@@ -86,7 +86,8 @@ def _is_export(path: Path) -> bool:
         return path.suffix == ".safetensors"
     if not (path / "model_index.json").is_file() or not (path / "unet" / "config.json").is_file():
         return False
-    return read_json(path / "unet" / "config.json").get("_class_name") == UNET_CLASS
+    config = read_json(path / "unet" / "config.json")
+    return isinstance(config, dict) and config.get("_class_name") == UNET_CLASS
 
 
 def _is_hub_id(text: str) -> bool:

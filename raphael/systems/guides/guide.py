@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from raphael.base.checkpoint.folder import Stored, checkpoint_sha256, load_weights, read_checkpoint
 from raphael.base.config.guide import HalfUNetConfig
 from raphael.base.config.preset import DiffusionConfig
-from raphael.base.stage import StageError
+from raphael.base.stage import StageError, of_a_stranger
 from raphael.base.strict import load
 from raphael.diffusion.guidance import GradientGuidance, LogP
 from raphael.diffusion.noise import noise_of
@@ -130,11 +130,12 @@ def load_guide(spec: str | Guide, weights: str = "ema") -> Guide:
     if (found := meta.get("guide")) != kind:
         got = f"a {found}" if found else "a checkpoint that is no guide"
         raise StageError(f"guidance: {folder}: got {got}, expected a {kind}")
-    with torch.inference_mode(False):  # weights made in inference mode could not enter a graph
+    # weights made in inference mode could not enter a graph
+    with of_a_stranger(folder), torch.inference_mode(False):
         groups, _ = read_checkpoint(folder, [weights])
         network = HalfUNet(load(HalfUNetConfig, meta["network"], str(folder / "meta.json"), "network"))
         load_weights(network, groups[weights], folder)
-    return Guide(network, meta, str(folder), checkpoint_sha256(folder)[:16])
+        return Guide(network, meta, str(folder), checkpoint_sha256(folder)[:16])
 
 
 def guided(pipeline: Any, parts: Parts, spec: str | Guide | None, weight: float | None) -> Parts:

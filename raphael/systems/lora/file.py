@@ -12,6 +12,7 @@ files of Stable Diffusion call it: raphael/systems/lora/names.py.
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from raphael.base.checkpoint.folder import PICKLES
 from raphael.base.files import file_sha256, written_whole
-from raphael.base.stage import StageError, read_json, write_json
+from raphael.base.stage import StageError, of_a_stranger, read_json, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,9 +142,14 @@ def find_file(path: str | Path) -> Path:
 
 def read_lora(path: str | Path) -> LoraFile:
     """Raises StageError, one line, for what is absent, damaged, no LoRA, incomplete or not finite."""
+    file = find_file(path)
+    with of_a_stranger(file):
+        return _read(file)
+
+
+def _read(file: Path) -> LoraFile:
     from safetensors import SafetensorError, safe_open
 
-    file = find_file(path)
     try:
         with safe_open(file, "pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
@@ -183,11 +189,33 @@ def _parse(file: Path, key: str) -> tuple[str, str, str, bool]:
 def _alphas(file: Path, header: dict[str, str]) -> dict[str, Any]:
     """alpha, and alpha_pattern by name, of a file whose tensors do not hold it."""
     beside = file.with_name(PEFT_CONFIG)
+    said: Any = {}
     if METADATA in header:
-        said = json.loads(header[METADATA])
-        prefix = "unet." if any(name.startswith("unet.") for name in said) else ""
-        return {name.removeprefix(prefix): value for name, value in said.items()}
-    return read_json(beside) if file.name == PEFT_FILE and beside.is_file() else {}
+        beside = file
+        try:
+            said = json.loads(header[METADATA])
+        except (ValueError, RecursionError):
+            raise StageError(f"{file}: {METADATA}: not valid JSON; fetch it again") from None
+        if isinstance(said, dict):
+            prefix = "unet." if any(name.startswith("unet.") for name in said) else ""
+            said = {name.removeprefix(prefix): value for name, value in said.items()}
+    elif file.name == PEFT_FILE and beside.is_file():
+        said = read_json(beside)
+    pattern = (said.get("alpha_pattern") or {}) if isinstance(said, dict) else None
+    if not isinstance(pattern, dict):
+        raise StageError(f"{beside}: got something else than lora_alpha and alpha_pattern by name, expected peft's")
+    return {"lora_alpha": said.get("lora_alpha"), "alpha_pattern": pattern}
+
+
+def _number(file: Path, key: str, value: Any) -> float:
+    """alpha, out of a tensor or of JSON. Raises StageError."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several numbers
+        number = math.nan
+    if not math.isfinite(number) or isinstance(value, str | bool):
+        raise StageError(f"{file}: alpha of {key}: got {str(value)[:40]}, expected a finite number")
+    return number
 
 
 def _complete(file: Path, matrices: dict, keys: dict, said: dict[str, Any]) -> None:
@@ -200,5 +228,5 @@ def _complete(file: Path, matrices: dict, keys: dict, said: dict[str, Any]) -> N
             got = f"down {list(down.shape)} and up {list(up.shape)}"
             raise StageError(f"{file}: {keys[place]}: got {got}, expected (rank, in, ...) and (out, rank, ...)")
         # without a number of its own a file means alpha = rank, so that the factor is 1
-        default = (said.get("alpha_pattern") or {}).get(place[1], said.get("lora_alpha", len(down)))
-        found["alpha"] = float(found.get("alpha", default))
+        known = [found.get("alpha"), said["alpha_pattern"].get(place[1]), said["lora_alpha"], len(down)]
+        found["alpha"] = _number(file, keys[place], next(value for value in known if value is not None))

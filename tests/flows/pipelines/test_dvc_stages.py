@@ -131,6 +131,26 @@ def test_a_second_run_at_the_same_time_is_told_so_and_the_first_can_be_ended_who
     assert reproduce(toy, "generate") in ("ran", "restored")  # the lock of the dead is no lock
 
 
+def test_a_second_flow_with_other_overrides_is_refused_before_it_changes_a_setting(toy: Path) -> None:
+    """Its settings would reach the stages of the first that are still to come."""
+    set_seed(toy, 0)
+    before = (toy / "params.yaml").read_bytes()
+    code = "import sys; from pathlib import Path; from raphael.base.stage import only_run\n"
+    code += "with only_run('flow', Path.cwd()):\n    print(flush=True); sys.stdin.read()"
+    first = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=toy, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=stage_environment(toy)
+    )
+    try:
+        first.stdout.readline()
+        with pytest.raises(
+            StageError, match=f"another run of flow is going on in this workspace .process {first.pid}, since"
+        ):
+            run_stages(evaluate.STAGES, {"generate.seed": 5}, root=toy)
+        assert (toy / "params.yaml").read_bytes() == before
+    finally:
+        first.communicate()
+
+
 def test_a_flow_on_old_inputs_names_what_to_run_first(toy: Path) -> None:
     settings.apply(toy / "params.yaml", {"generate.seed": 0})
     (toy / "dvc.lock").unlink()

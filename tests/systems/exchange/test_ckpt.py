@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from raphael.base.stage import StageError
-from raphael.systems.exchange.ckpt import inert_load, read_ckpt
+from raphael.systems.exchange.ckpt import read_ckpt
+from raphael.systems.exchange.inert import inert_load
 
 
 def archive(path, data, storages=(), root="archive"):
