@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from raphael.base.config.studied import Studied
 from raphael.base.strict import ConfigError
@@ -60,6 +60,7 @@ class System:
     model with these settings, on images whose longer side is side_px.
     studied: what sweeps may vary of its models. imported: settings of the network, with what they may be, that
     `raphael import` of another program's weights may set otherwise than the preset.
+    told: what a prompt is: a caption, or the name of a class.
     """
 
     name: str
@@ -78,6 +79,7 @@ class System:
     tuned: Callable[[Any, int], dict[str, Any]] = lambda settings, side_px: {}
     studied: Studied = field(default_factory=Studied)
     imported: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    told: Literal["captions", "labels"] = "captions"
 
     def __post_init__(self) -> None:
         names = [part.name for part in self.parts]
