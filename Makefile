@@ -72,12 +72,16 @@ repro: setup  ## the same work without Prefect: what changed, in DVC's order
 ablation: setup  ## what each part of the network adds: arms and seeds of flows/plans/ablation.yaml (100 minutes on two cores)
 	@python -m flows.run_ablation
 
+.PHONY: systems
+systems: setup  ## the systems side by side at equal counted FLOP: arms of flows/plans/systems.yaml (a night of two cores)
+	@python -m flows.run_systems
+
 .PHONY: sweep
 sweep: setup  ## guidance, alpha and what else flows/plans/sweep.yaml tries on the trained model (reports/sweep.html)
 	@python -m flows.run_sweep
 
 .PHONY: up
-up: setup  ## start the Prefect server, the MLflow page, the page of `serve` and the deployments raphael/{full,data,train,evaluate,ablation,sweep}
+up: setup  ## start the Prefect server, the MLflow page, the page of `serve` and the deployments raphael/{full,data,train,evaluate,ablation,sweep,systems}
 	@python -m flows.serve up
 
 .PHONY: serve

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from data_pipeline.captions.part import CHUNK_ROWS, PART_ROWS, Cleaner, Found, Part, captions_schema, read_part
 from data_pipeline.common.places import CAPTIONS, DROPPED, FILTERED
+from data_pipeline.engine.partitions import partitions
 from data_pipeline.engine.run import finish
 from data_pipeline.engine.work import Work
-from raphael.base.integrity.pieces import Pieces
 from raphael.base.stage import Stage, StageError, write_json
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ def run(config: Config, stage: Stage) -> None:
         for start in range(0, total, PART_ROWS)
     ]
     cleaning = Work(stage.name, stage.root, Cleaner, (FILTERED.resolve(), config.captions, CHUNK_ROWS))
-    with stage.progress(total, "captions") as bar:
-        engine = finish(config.pipeline, cleaning, parts, Pieces(work, stage.name), stage, bar)
+    with partitions(config.pipeline, work, stage) as pieces, stage.progress(total, "captions") as bar:
+        engine = finish(config.pipeline, cleaning, parts, pieces, stage, bar)
     found = _write(work / "captions.parquet", parts)
     if not found.kept:
         raise StageError(f"no caption is left ({dict(found.dropped)}); loosen captions in {config.file}")

@@ -7,18 +7,17 @@ share one DVC cache, so that data and encoders are made once.
 from __future__ import annotations
 
 import hashlib
-import typing
-from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flows.arms import cases
+from flows.arms.cases import Case
 from flows.workspace import settings
 from flows.workspace.folder import make_workspace, overlays_of
-from raphael.base.config.preset import NO_PRESET, load_preset
+from raphael.base.config.preset import NO_PRESET
 from raphael.base.config.systems import DEFAULT, find_system
-from raphael.base.strict import ConfigError, later, load, read_yaml, to_dict
-from raphael.evaluate.catalogue import nearest
+from raphael.base.strict import later, load, read_yaml, to_dict
 
 PLAN = Path(__file__).resolve().parents[1] / "plans" / "ablation.yaml"
 
@@ -60,17 +59,6 @@ class AblationPlan:
         return next(iter(self.arms))
 
 
-@dataclass(frozen=True)
-class Case:
-    arm: str
-    seed: int
-    folder: Path
-
-    @property
-    def name(self) -> str:
-        return f"{self.arm}-{self.seed}"
-
-
 def load_plan(file: Path = PLAN) -> AblationPlan:
     """Raises ConfigError, one line."""
     return load(AblationPlan, read_yaml(file), str(file))
@@ -91,36 +79,14 @@ def make_case(plan: AblationPlan, case: Case, common: dict[str, Any]) -> None:
     if not text:
         changes |= network_changes(plan, case.arm)
     make_workspace(case.folder, overlays_of(plan.system), changes, cache=case.folder.parent / "cache")
-    # DVC depends on the preset's file by its name, whose text is the arm's in the arm's own workspace
-    file = case.folder / "raphael" / "presets" / f"{plan.preset}.yaml"
-    if text and file.read_text(encoding="utf-8") != text:
-        file.write_text(text, encoding="utf-8")
+    cases.put_preset(case.folder, plan.preset, text)
 
 
 def network_changes(plan: AblationPlan, arm: str) -> dict[str, Any]:
     """The arm's changes of `unet` as settings of a system without presets. Raises ConfigError for unknown fields."""
-    if not (changes := settings.parse(list(plan.arms[arm].unet))):
-        return {}
-    kind = typing.get_type_hints(find_system(plan.system).settings).get("unet")
-    if kind is None:
-        raise ConfigError(f"arms.{arm}.unet: got {', '.join(changes)}, expected none: {plan.system} has no unet")
-    _refuse_unknown(f"arms.{arm}.unet", changes, {field.name for field in fields(kind)})
-    return {f"model.settings.unet.{name}": value for name, value in changes.items()}
+    return cases.network_changes(plan.system, plan.arms[arm].unet, f"arms.{arm}.unet")
 
 
 def preset_text(plan: AblationPlan, arm: str) -> str:
     """The plan's preset with the arm's changes of `unet`, as a file. Raises ConfigError where it would not load."""
-    import yaml
-
-    system = find_system(plan.system)
-    preset, changes = load_preset(plan.preset, system.settings), settings.parse(list(plan.arms[arm].unet))
-    _refuse_unknown(f"arms.{arm}.unet", changes, {field.name for field in fields(preset.unet)})
-    data = to_dict(preset)
-    data["unet"] |= changes
-    changed = replace(preset, unet=load(type(preset.unet), data["unet"], f"arms.{arm}", "unet"))
-    return yaml.safe_dump(to_dict(changed), sort_keys=False)
-
-
-def _refuse_unknown(where: str, given: Iterable[str], known: Iterable[str]) -> None:
-    if unknown := sorted(set(given) - set(known)):
-        raise ConfigError(f"{where}: unknown field {unknown[0]}, {nearest(unknown[0], known)}")
+    return cases.preset_text(plan.system, plan.preset, plan.arms[arm].unet, f"arms.{arm}.unet")

@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flows.ablation.plan import AblationPlan, Case
+from flows.ablation.plan import AblationPlan
+from flows.arms.cases import Case
 from raphael.base.config.params import load_config
 from raphael.base.config.preset import NO_PRESET
 from raphael.base.config.systems import System, find_system

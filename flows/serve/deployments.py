@@ -26,7 +26,7 @@ from flows.serve.servers import answers, loopback_port, owns, prefect_api, prefe
 from raphael.base.stage import StageError, one_clear_line, write_json
 from raphael.serve.door.access import TOKEN
 
-NAMES = ("full", "data", "train", "evaluate", "ablation", "sweep")
+NAMES = ("full", "data", "train", "evaluate", "ablation", "sweep", "systems")
 SERVERS = ("images", "serve", "mlflow", "prefect")  # in the order of ending
 UNAUTHORIZED = 401
 READY = "deployments.ready"
@@ -121,9 +121,10 @@ def run(root: Path) -> None:
     from flows.pipelines.full import full
     from flows.pipelines.train import train
     from flows.sweep.flow import sweep
+    from flows.systems.flow import systems
 
     flows = {"full": full, "data": data, "train": train, "evaluate": evaluate}
-    flows |= {"ablation": ablation, "sweep": sweep}
+    flows |= {"ablation": ablation, "sweep": sweep, "systems": systems}
     api, secret = prefect_api(root), get_current_settings().api.auth_string
     auth = secret.get_secret_value() if secret else None
     try:

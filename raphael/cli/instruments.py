@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raphael.base import devices
-from raphael.base.config.systems import DEFAULT
+from raphael.base.config.systems import DEFAULT, find_system
 from raphael.base.stage import StageError, write_json
+from raphael.base.strict import ConfigError
 from raphael.cli.options import add_command, open_pipeline
 
 if TYPE_CHECKING:
@@ -72,12 +73,22 @@ def _probe(arguments: argparse.Namespace) -> None:
     from raphael.evaluate.instruments.probe import probe_pipeline, probe_table
     from raphael.objectives.probe import captions_of
 
-    asked, pipeline = _read_scenes(arguments).take(arguments.n), open_pipeline(arguments, DEFAULT)
+    asked, pipeline = _read_scenes(arguments).take(arguments.n), open_pipeline(arguments)
+    expect_captions(pipeline.system, arguments.command)
     with _bar(captions_of(asked), "captions") as bar:
         measured = probe_pipeline(pipeline, asked, arguments.seed, arguments.precision, bar.update)
     write_json(arguments.out, {"model": pipeline.identity, **measured})
     print(probe_table(measured))
     print(f"saved to {arguments.out}")
+
+
+def expect_captions(system: str, command: str) -> None:
+    """Raises ConfigError for a system whose prompts are no captions: there is no fact in them to exchange."""
+    if (told := find_system(system).told) != "captions":
+        raise ConfigError(
+            f"{command}: got a checkpoint of the system {system}, which is told {told}, expected one that is told "
+            "captions"
+        )
 
 
 def _knockouts(arguments: argparse.Namespace) -> None:

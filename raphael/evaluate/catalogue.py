@@ -12,7 +12,19 @@ from raphael.evaluate.instruments import measured as instruments
 from raphael.evaluate.metric import Metric
 from raphael.evaluate.metrics import of_features, of_prompts
 from raphael.evaluate.scenes import classes, truth
-from raphael.evaluate.subject import CLIP, FEATURES, HEAD, LABELS, MODEL, PROMPTS, REFERENCE, SCENES, TEXT_MODEL, TRUTH
+from raphael.evaluate.subject import (
+    CAPTION_MODEL,
+    CLIP,
+    FEATURES,
+    HEAD,
+    LABELS,
+    MODEL,
+    PROMPTS,
+    REFERENCE,
+    SCENES,
+    TEXT_MODEL,
+    TRUTH,
+)
 
 METRICS = (  # in the order in which they are measured and told
     Metric(
@@ -64,7 +76,7 @@ METRICS = (  # in the order in which they are measured and told
         pieces=instruments.CEILING,
     ),
     Metric(
-        "probe", "higher", (SCENES, TEXT_MODEL), instruments.probe, "how often the true caption has the lower loss",
+        "probe", "higher", (SCENES, CAPTION_MODEL), instruments.probe, "how often the true caption has the lower loss",
         pieces=instruments.PROBE,
     ),
     Metric(

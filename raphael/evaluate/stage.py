@@ -20,7 +20,7 @@ from raphael.evaluate.metric import Found, measure
 from raphael.evaluate.metrics.of_prompts import cosines
 from raphael.evaluate.protocols.facts import protocol_facts
 from raphael.evaluate.protocols.prompts import list_sha256
-from raphael.evaluate.protocols.protocol import Protocol, meta_of, system_protocol
+from raphael.evaluate.protocols.protocol import Protocol, load_protocol, meta_of, system_protocol
 from raphael.evaluate.protocols.workspace import DRAWN, ImageFiles, Workspace
 from raphael.evaluate.scenes.attributes import wrong_attributes
 from raphael.evaluate.scenes.classes import NAME as CLASS
@@ -60,8 +60,13 @@ def _unfinished(config: Config, stage: Stage, protocol: Protocol) -> Path:
 
 
 def protocol_of(config: Config, model: Path) -> Protocol:
-    """That of the model's system, with the metrics of evaluate.metrics beside its own. Raises ConfigError."""
-    protocol = system_protocol(system_of(meta_of(model)))
+    """evaluate.protocol, else that of the model's system, with the metrics of evaluate.metrics beside its own. Raises
+    ConfigError."""
+    named = config.evaluate.protocol
+    if named:
+        protocol = load_protocol(named, where="evaluate.protocol")
+    else:
+        protocol = system_protocol(system_of(meta_of(model)))
     return protocol.with_metrics(config.evaluate.metrics, "evaluate.metrics")
 
 

@@ -24,7 +24,8 @@ FEATURES, REFERENCE, CLIP = "features", "reference", "clip"  # a feature network
 HEAD = "aesthetic_head"  # of LAION, on the CLIP's embeddings
 SCENES, MODEL = "probe_scenes", "model"  # drawn scenes with their truth; the pipeline that generated
 TEXT_MODEL = "text_model"  # a MODEL of latents by texts: it has its autoencoder and its text encoder with it
-NEEDS = (PROMPTS, TRUTH, LABELS, FEATURES, REFERENCE, CLIP, HEAD, SCENES, MODEL, TEXT_MODEL)
+CAPTION_MODEL = "caption_model"  # a MODEL that is told captions, of whatever it diffuses
+NEEDS = (PROMPTS, TRUTH, LABELS, FEATURES, REFERENCE, CLIP, HEAD, SCENES, MODEL, TEXT_MODEL, CAPTION_MODEL)
 Entry = dict[str, Any]  # of images.json: prompt, suite; truth, label and seed where they are known
 
 
@@ -216,7 +217,7 @@ ABSENT = {
     SCENES: "data/source/probe.npz is not there: the stage source writes it of drawn scenes alone",
     MODEL: "no model beside the images: the stage train makes models/raphael; run evaluate in its workspace",
 }
-ABSENT[TEXT_MODEL] = ABSENT[MODEL]
+ABSENT[TEXT_MODEL] = ABSENT[CAPTION_MODEL] = ABSENT[MODEL]
 
 
 class _Silent:

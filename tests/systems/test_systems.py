@@ -336,7 +336,7 @@ def test_a_checkpoint_of_another_system_says_which_and_how_to_use_it(tmp_path, c
     write_checkpoint(folder, {"ema": {"w": torch.ones(1)}}, {"system": "pair"})
     with pytest.raises(ConfigError, match="got a checkpoint of the system pair, expected one of raphael; it generates"):
         expect_system({"system": "pair"}, folder)
-    for command in (["routes", "a"], ["probe"], ["knockouts"], ["swap"]):
+    for command in (["routes", "a"], ["knockouts"], ["swap"]):
         assert main([*command, "--checkpoint", str(folder), "--device", "cpu"]) == 1
         line = capsys.readouterr().err
         assert "got a checkpoint of the system pair, expected one of raphael" in line

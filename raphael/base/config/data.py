@@ -317,4 +317,5 @@ class EvaluateConfig:
     num_knockout_images: NonNegative = 64  # 0: no knock-outs
     num_swaps: NonNegative = 24  # pairs of prompts whose pooled texts are exchanged; 0: none
     metrics: tuple[str, ...] = ()  # beside those that the system's evaluate.yaml names
+    protocol: str = ""  # of raphael/evaluate/protocols, in place of the system's evaluate.yaml: systems/v1
     aesthetic_head: str = ""  # LAION's weights for the metric aesthetic; of the width of the scoring CLIP

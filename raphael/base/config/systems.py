@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from raphael.base.config.studied import Studied
 from raphael.base.strict import ConfigError
@@ -62,6 +62,7 @@ class System:
     model with these settings, on images whose longer side is side_px.
     studied: what sweeps may vary of its models. imported: settings of the network, with what they may be, that
     `raphael import` of another program's weights may set otherwise than the preset.
+    told: what a prompt is: a caption, or the name of a class.
     """
 
     name: str
@@ -82,6 +83,7 @@ class System:
     imported: dict[str, tuple[str, ...]] = field(default_factory=dict)
     extra: tuple[Part, ...] = ()
     guides: tuple[str, ...] = ()
+    told: Literal["captions", "labels"] = "captions"
 
     def __post_init__(self) -> None:
         names = [part.name for part in (*self.parts, *self.extra)]

@@ -131,11 +131,11 @@ def protocol_names() -> list[str]:
     return sorted(path.stem.replace("--", "/") for path in FOLDER.glob("*.yaml"))
 
 
-def load_protocol(name: str, folder: Path = FOLDER) -> Protocol:
-    """name: "coco2014-val-30k/v1", in the file coco2014-val-30k--v1.yaml. Raises ConfigError, one line."""
+def load_protocol(name: str, folder: Path = FOLDER, where: str = "--protocol") -> Protocol:
+    """name: "coco2014-val-30k/v1", in the file coco2014-val-30k--v1.yaml. where: who asks. Raises ConfigError."""
     path = folder / f"{name.replace('/', '--')}.yaml"
     if name.count("/") != 1 or "\\" in name or ".." in name or not path.is_file():
-        raise ConfigError(f"--protocol: got {name!r}, {nearest(name, protocol_names())}")
+        raise ConfigError(f"{where}: got {name!r}, {nearest(name, protocol_names())}")
     protocol = load(Protocol, read_yaml(path), path.name)
     if protocol.identity != name:
         raise ConfigError(f"{path.name}: calls itself {protocol.identity}, expected {name}")

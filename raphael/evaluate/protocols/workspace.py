@@ -21,6 +21,7 @@ from raphael.evaluate.protocols.dealt import PIECES, READ, deal, processes_for
 from raphael.evaluate.protocols.protocol import Protocol, meta_of
 from raphael.evaluate.scenes.readings import READINGS, reading_of
 from raphael.evaluate.subject import (
+    CAPTION_MODEL,
     CLIP,
     HEAD,
     LABELS,
@@ -89,6 +90,8 @@ class Workspace(Subject):
             return (self.model / "meta.json").is_file()
         if need == TEXT_MODEL:
             return self.has(MODEL) and set(find_system(self.system).carries) >= TEXT_PARTS
+        if need == CAPTION_MODEL:
+            return self.has(MODEL) and find_system(self.system).told == "captions"
         if need == HEAD:
             return bool(self.config.evaluate.aesthetic_head)
         return super().has(need)
@@ -98,6 +101,8 @@ class Workspace(Subject):
             return f"{self.drawn} is not there: the stage source writes it of drawn scenes alone"
         if need == TEXT_MODEL and self.has(MODEL):
             return f"{self.model} is of the system {self.system}, which has no text encoder; this asks a model by texts"
+        if need == CAPTION_MODEL and self.has(MODEL):
+            return f"{self.model} is of the system {self.system}, which is told no captions; this asks a model by them"
         return self._no_clip if need == CLIP and self._no_clip else super().why_absent(need)
 
     @property

@@ -81,4 +81,5 @@ SYSTEM = System(
     parts=(Part("denoiser", losses=("loss",)),),
     prompts=prompts,
     asked="circle",
+    told="labels",
 )

@@ -14,7 +14,7 @@ from raphael.base.config.unet import PlainUNetConfig
 from raphael.base.strict import ConfigError, Range, later
 
 BASE, UPSAMPLER = "base", "upsampler"
-OF_LATENTS = ("num_probe", "num_knockout_images", "num_swaps")  # of `evaluate`
+OF_LATENTS = ("num_knockout_images", "num_swaps")  # of `evaluate`
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from raphael.evaluate.protocols.protocol import load_protocol, protocol_names
 
 NAMES = [
     "coco2014-30k/community", "coco2014-val-30k/v1", "drawbench/v1", "fid-5k/v1", "pair-debug/v1", "partiprompts/v1",
-    "scenes-heldout/v1", "styles/v1", "sweep/v1", "vilg-300/v1",
+    "scenes-heldout/v1", "styles/v1", "sweep/v1", "systems/v1", "vilg-300/v1",
 ]  # fmt: skip
 CLIP = Network("fd_clip_x", None, "c" * 64, "clip")
 INCEPTION = Network("fid", None, "6726825d" + "0" * 56, "inception")

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import yaml
 
-from flows.ablation.flow import run_all
 from flows.ablation.page import render
-from flows.ablation.plan import PLAN, Case, cases_of, load_plan, make_case, preset_text
+from flows.ablation.plan import PLAN, cases_of, load_plan, make_case, preset_text
 from flows.ablation.results import Difference, Spread, collect
+from flows.arms.cases import Case
+from flows.arms.runner import run_all
 from flows.environment import SWITCHES
 from flows.workspace import settings
 from raphael.base.config.params import load_config

@@ -78,7 +78,7 @@ def test_the_settings_name_nothing_that_only_raphael_has() -> None:
         ),
         ({"model": {"settings": {"upsampler": {"factor": 1}}}}, "factor: got 1, expected an integer at least 2"),
         ({"picture": {"sizes_px": [[20, 20]]}}, r"sizes_px: got \[20, 20\], expected multiples of 8"),
-        ({"evaluate": {"num_probe": 3}}, "evaluate.num_probe: got 3, expected 0"),
+        ({"evaluate": {"num_swaps": 3}}, "evaluate.num_swaps: got 3, expected 0"),
         ({"encode": {"fields": ["pixels"]}}, "encode.fields: got .* expected text, text_mask too"),
         ({"train": {"settings": {"textdrop": 0.1}}}, "unknown key train.settings.textdrop; did you mean text_drop"),
     ],
