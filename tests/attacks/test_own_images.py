@@ -24,8 +24,8 @@ from truth.image_workspace import add_member
 from truth.own_images import bodies, found, in_parquet, in_tar, settings, sidecars, with_metadata
 
 from data_pipeline.gateway.bodies import BodyLimits
-from data_pipeline.tools.checking.check import main as check_main
 from data_pipeline.local_images.kinds import open_collection
+from data_pipeline.tools.checking.check import main as check_main
 from raphael.base.stage import Stage, one_clear_line
 
 TARGET = "raphael data check"
