@@ -114,7 +114,7 @@ def test_arms_of_other_data_or_another_measure_are_refused_with_the_key(tmp_path
 
 
 def test_too_little_flop_for_a_batch_of_each_part_says_how_much_is_needed():
-    with pytest.raises(ConfigError, match="flop: got 1e.10, 7.4 images of imagen .*; expected at least 4.32e.10"):
+    with pytest.raises(ConfigError, match="flop: got 1e.10, 7.1 images of imagen .*; expected at least 4.52e.10"):
         budget_of(1e10, load_config_of("imagen"))
 
 
