@@ -18,7 +18,7 @@ SEEING = {"inpainting": True, "picture_channels": 4}  # of the part inpaint's U-
 # How its models are sampled where nobody says otherwise: clipped estimates and 27 steps of the upsampler as the release
 # has them, the guidance that the paper's raters preferred (arXiv 2112.10741, 5.1)
 SAMPLING = {"guidance_scale": 3.0, "threshold": "static", "upsampler_steps": 27, "upsampler_spacing": "fast27"}
-OF_LATENTS = ("num_probe", "num_knockout_images", "num_swaps")  # of `evaluate`
+OF_MIXTURES = ("num_knockout_images", "num_swaps")  # of `evaluate`
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"{file}: model.settings.base.unet.context_length: got {got}, expected {length}, clip.context_length"
         )
-    for name in OF_LATENTS:
+    for name in OF_MIXTURES:
         if count := getattr(config.evaluate, name):
             raise ConfigError(f"{file}: evaluate.{name}: got {count}, expected 0: it asks a model of latents")
     known = [part.name for part in SYSTEM.extra]

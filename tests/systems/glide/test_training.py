@@ -100,7 +100,7 @@ BASE_UNET = {"model": {"settings": {"base": {"unet": {"vector_dim": 0}}}}}
             "diffusion.prediction: got residual",
         ),
         ({"picture": {"sizes_px": [[20, 20]]}}, r"sizes_px: got \[20, 20\], expected multiples of 8"),
-        ({"evaluate": {"num_probe": 3}}, "evaluate.num_probe: got 3, expected 0"),
+        ({"evaluate": {"num_swaps": 3}}, "evaluate.num_swaps: got 3, expected 0"),
         ({"encode": {"fields": ["pixels"]}}, "encode.fields: got .* expected token_ids too"),
         ({"train": {"settings": {"extra": ["clip"]}}}, "train.settings.extra: got 'clip', expected some of inpaint"),
         ({"train": {"settings": {"empty_caption": 0.1}}}, "unknown key train.settings.empty_caption; did you mean"),
