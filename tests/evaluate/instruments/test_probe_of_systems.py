@@ -137,7 +137,9 @@ def test_of_a_cascade_it_is_the_base_told_the_exchanged_caption_as_it_reads(read
     assert all(abs(margin) > 1e-5 for margin in margins), "the captions' vectors reach the network"
     assert found["colour"]["margin"] == pytest.approx(np.mean(margins), abs=2e-5)
     assert found["colour"]["win_share"] == pytest.approx(np.mean([margin > 0 for margin in margins]), abs=1e-6)
-    assert (found["word"]["win_share"], found["word"]["ties"]) == (0.5, 1), "a caption exchanged for itself is a tie"
+    assert abs(found["word"]["margin"]) < 1e-6, "a caption exchanged for itself"
+    if reads == "cascade":  # a network that reads the words itself rounds by the row where they stand
+        assert (found["word"]["win_share"], found["word"]["ties"]) == (0.5, 1)
 
 
 def test_a_model_of_classes_is_refused_in_words(tmp_path: Path, capsys) -> None:
