@@ -33,7 +33,7 @@ def counted() -> dict[str, Budget]:
 
 def test_every_arm_spends_the_plans_flop_to_within_a_batch(counted):
     plan = load_plan()
-    assert list(counted) == ["raphael", "dense", "imagen"]
+    assert list(counted) == ["raphael", "dense", "imagen", "glide"]
     for budget in counted.values():
         assert abs(budget.flop - plan.flop) <= budget.flop_per_image * budget.batch_size
         assert budget.num_images % budget.batch_size == 0 and sum(budget.parts.values()) == budget.num_images
@@ -135,7 +135,7 @@ def test_a_case_is_a_workspace_with_the_images_and_the_order_that_its_budget_buy
 def test_cases_come_seed_by_seed_and_an_arm_may_have_more_seeds(tmp_path):
     plan = plan_of(tmp_path, lambda data: data["arms"]["dense"].update(seeds=[0, 1, 2]))
     names = [case.name for case in cases_of(plan, tmp_path)]
-    assert names == ["raphael-0", "dense-0", "imagen-0", "dense-1", "dense-2"]
+    assert names == ["raphael-0", "dense-0", "imagen-0", "glide-0", "dense-1", "dense-2"]
 
 
 def test_what_was_found_in_words_is_no_other_plan(tmp_path):
