@@ -6,6 +6,8 @@ import random
 
 import numpy as np
 
+from data_pipeline.source.scene_drawing import draw
+from data_pipeline.source.scenes import Scene, Thing
 from raphael.evaluate.scenes.reader import read_scene
 from raphael.generate.pipeline import Pipeline
 
@@ -32,6 +34,16 @@ def read(image: np.ndarray) -> tuple[str | None, str | None]:
 
 def drawn(pipeline: Pipeline, prompt: str, seed: int) -> np.ndarray:
     return np.asarray(pipeline(prompt, seed=seed).images[0])
+
+
+def pictured(subject: Subject, seed: int) -> np.ndarray:
+    """A picture of the first object that no model has drawn: the corpus' program did, somewhere and of some size."""
+    (colour, shape, _, _, background), rng = subject, random.Random(f"picture {seed}")
+    extent = rng.uniform(0.35, 0.55)
+    centre = tuple(rng.uniform(extent / 2 + 0.05, 0.95 - extent / 2) for _ in range(2))
+    thing = Thing(shape, colour, None, "solid", centre, extent)
+    made = Scene(64, "flat", background, "plain", (thing,), "single", None, None, f"picture {seed}")
+    return np.asarray(draw(made).convert("RGB"))
 
 
 def body(image: np.ndarray) -> np.ndarray:

@@ -5,7 +5,8 @@ and seed without the edit. Change is the mean over pixels in levels of 255; outs
 object; IoU: of the objects, told from the background by colour distance. Shares have Wilson's 95 % intervals.
 
 Each measure is the kind of `raphael edit` (remove: of inpaint) that its cases begin with. Prompts: 73 where 95 % is
-asked for, 35 where 90 % is, so that none wrong has an interval above what is asked for; 24 of the others.
+asked for (80 where some show no second object), 40 where 90 % is, so that none wrong has an interval above what is
+asked for; 24 of the others.
 
 Writes results/edits-<device>-<yyyymm>.json, unless --quick; with --only the rows of the others stay as they are there.
 Docs: docs/guides/edit.md.
@@ -21,7 +22,21 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from _edit_scenes import Subject, body, change, drawn, other, outside, overlap, read, scene, step, subjects, two_objects
+from _edit_scenes import (
+    Subject,
+    body,
+    change,
+    drawn,
+    other,
+    outside,
+    overlap,
+    pictured,
+    read,
+    scene,
+    step,
+    subjects,
+    two_objects,
+)
 from _machine import keep, result_file, within
 
 from raphael.edit.invert import reconstruct
@@ -144,9 +159,9 @@ def reweight_(pipeline: Pipeline, every: list[Subject], found: Found) -> None:
 
 
 def reconstruct_(pipeline: Pipeline, every: list[Subject], found: Found) -> None:
-    """Real pictures: drawn again from their own noise, and a colour replaced in them; twice the model's own steps."""
-    for seed, (c1, s1, c2, _, b) in enumerate(every):
-        source = drawn(pipeline, scene(c1, s1, b), seed)
+    """Pictures that no model has drawn, from their own noise again, and a colour replaced in them; twice the steps."""
+    for seed, (c1, s1, c2, s2, b) in enumerate(every):
+        source = pictured((c1, s1, c2, s2, b), seed)
         how = with_sampling(pipeline, How(seed), steps=2 * pipeline.defaults.steps)
         edited = replace(pipeline, scene(c1, s1, b), scene(c2, s1, b), how, image=source)
         _compared("replace in a picture", edited, (c2, s1), found)
@@ -283,7 +298,8 @@ def judged_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for case, limit in ASKED.items():
         if case in by_case:
             found.append(within(f"wrong, {case}", 1 - by_case[case]["value"], limit, "share"))
-            found.append(within(f"wrong at most, {case}", 1 - by_case[case]["low"], limit, "share"))
+            right, count = round(by_case[case]["value"] * by_case[case]["n"]), by_case[case]["n"]
+            found.append(within(f"wrong at most, {case}", 1 - wilson(right, count)[0], limit, "share"))
     for case, peer, unit, part in (
         ("replace: change outside", "replace: change outside without", "levels", 1 / 3),
         ("paint both: wrong sides", "not painted: wrong sides", "share", 1 / 3),

@@ -22,7 +22,7 @@ from torch import Tensor
 from raphael.edit.attention import MapRecorder
 from raphael.edit.known import check_mask
 from raphael.edit.run import Edited, How, Session, split
-from raphael.edit.words import Words, text_encoder_of, words_of
+from raphael.edit.words import Words, attended_encoder_of, words_of
 from raphael.generate.pipeline import Pipeline
 from raphael.net.condition import AttentionHooks, Condition, HookCall
 
@@ -86,7 +86,7 @@ def paint(
         if not value >= 0 or math.isinf(value):
             raise ValueError(f"{name}: got {value:g}, expected a number from 0")
     session = Session(pipeline, how)
-    words = words_of(text_encoder_of(pipeline), prompt)
+    words = words_of(attended_encoder_of(pipeline), prompt)
     ground = np.full((*session.size_px, 3), 255, np.uint8)
     for region in regions.values():
         check_mask(region, ground)

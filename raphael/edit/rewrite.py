@@ -17,7 +17,7 @@ from raphael.edit.attention import AttentionEditor, MapRecorder
 from raphael.edit.invert import for_pictures, start_of
 from raphael.edit.known import FEATHER_PX, pasted
 from raphael.edit.run import Edited, How, Session, check_share, split
-from raphael.edit.words import Words, recolours, refined, replaced, text_encoder_of, words_of
+from raphael.edit.words import Words, attended_encoder_of, recolours, refined, replaced, words_of
 from raphael.generate.pipeline import Pipeline
 from raphael.net.condition import Condition
 
@@ -138,7 +138,7 @@ def reweight(
 
 
 def _both(pipeline: Pipeline, source: str, target: str) -> tuple[Words, Words]:
-    encoder = text_encoder_of(pipeline)
+    encoder = attended_encoder_of(pipeline)
     return words_of(encoder, source), words_of(encoder, target)
 
 

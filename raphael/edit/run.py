@@ -123,6 +123,8 @@ class Session:
     def __init__(self, pipeline: Pipeline, how: How):
         self.pipeline, self.how = pipeline, how
         self.settings = how.sampling or pipeline.defaults
+        if self.settings.until != "end":
+            raise ValueError(f"until: got {self.settings.until}, expected end: an edit goes through every network")
         reader = pipeline.reader(self.settings, weighted=False)
         self.parts = pipeline.parts(*(how.size or (None, None)), reader)
         self.seeds: list[ImageSeed] = [(how.seed, index) for index in range(how.num_images)]

@@ -54,6 +54,15 @@ def text_encoder_of(pipeline: Pipeline) -> Any:
     return encoder
 
 
+def attended_encoder_of(pipeline: Pipeline) -> Any:
+    """Of a model whose attention is edited. Raises ValueError for a system that reads no words, and for a cascade,
+    whose second network would draw over it by maps of its own."""
+    encoder = text_encoder_of(pipeline)
+    if len(pipeline.networks) > 1:
+        raise ValueError(f"the system {pipeline.system} is a cascade, expected a model of one network, as raphael")
+    return encoder
+
+
 def words_of(text_encoder: Any, prompt: str) -> Words:
     """Raises ValueError for a prompt longer than the context, and one whose words cannot be told from its tokens."""
     (ids,) = text_encoder.tokenize([prompt]).tolist()

@@ -38,7 +38,9 @@ def make_again(
     expect_picture(made, picture)
     guide = None if guidance is None else load_guide(guidance)
     expect_guide(made, "" if guide is None else guide.name)
-    parts = pipeline.parts(*made.size_px, pipeline.reader(made.sampling, weighted=not made.as_written))
+    times = pipeline.downsampling if made.sampling.until == "base" else 1  # the size of the whole cascade's images
+    height, width = (times * side for side in made.size_px)
+    parts = pipeline.parts(height, width, pipeline.reader(made.sampling, weighted=not made.as_written))
     parts = guided(pipeline, parts, guide, made.guidance_weight if guide else None)
     noise, levels = ImageNoise(made.image_seeds, parts.latent_shape, pipeline.device), None
     if picture is not None:

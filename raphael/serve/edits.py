@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from raphael.generate.pipeline import Pipeline
     from raphael.serve.info import ModelInfo
 
+BY_ATTENTION = ("replace", "refine", "reweight", "paint")  # of models of one network
 Images = dict[str, np.ndarray]
 Read = Callable[["ModelInfo", Any], Images]
 Act = Callable[["Pipeline", Any, Images, How], Edited]
@@ -49,7 +50,12 @@ class Kind:
 def edits_of(pipeline: Pipeline) -> tuple[str, ...]:
     """The kinds that a model can."""
     reads_words = getattr(pipeline, "text_encoder", None) is not None
-    return tuple(name for name, kind in KINDS.items() if reads_words or not kind.words)
+    cascade = len(pipeline.networks) > 1
+    return tuple(
+        name
+        for name, kind in KINDS.items()
+        if (reads_words or not kind.words) and not (cascade and name in BY_ATTENTION)
+    )
 
 
 def answer(kind: str, edited: Edited) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
-from raphael.base.config.sampling import OF_CASCADES, SamplerName, Sampling
+from raphael.base.config.sampling import OF_CASCADES, OF_SAMPLERS, SamplerName, Sampling
 from raphael.serve.bodies import SAMPLING_FIELDS, SamplingBody
 from raphael.serve.door.problems import Problem, of_value_error
 
@@ -63,8 +63,15 @@ class ModelInfo:
         asked = {own: getattr(body, name) for name, own in SAMPLING_FIELDS.items() if getattr(body, name) is not None}
         if interval := asked.get("guidance_interval"):
             asked["guidance_interval"] = tuple(interval)
+        chosen = asked.get("sampler", self.defaults.sampler)
+        for option, samplers in OF_SAMPLERS.items():  # the model's own of a sampler that is not the one asked for
+            if option not in asked and chosen not in samplers:
+                asked[option] = getattr(Sampling, option)
         try:
-            return replace(self.defaults, **asked)
+            how = replace(self.defaults, **asked)
+            if not self.cascade:
+                how.expect_one_network()
+            return how
         except ValueError as error:
             raise of_value_error(error, type(body).model_fields) from None
 

@@ -27,6 +27,7 @@ log = logging.getLogger("raphael.serve")
 Perform = Callable[[Task, Watch], dict[str, Any]]
 QUEUED, RUNNING, DONE, FAILED, CANCELLED = "queued", "running", "done", "failed", "cancelled"
 ENDED = (DONE, FAILED, CANCELLED)
+MOST_WAITS = 10  # times the limit of a job that one waits at a replica before it begins
 
 
 @dataclass(frozen=True)
@@ -231,11 +232,21 @@ class JobWatch:
     job: Job
     loop: asyncio.AbstractEventLoop
     seconds: float
+    begun_s: float | None = None  # None: it waits at a replica for others' jobs
+
+    def waiting(self) -> None:
+        self.begun_s = None
+        if self.job.stop.is_set():
+            raise Stopped
+        if time.monotonic() - self.job.started_s > MOST_WAITS * self.seconds:
+            raise Problem(504, f"the job waited {MOST_WAITS * self.seconds:g} s for a replica; try again", retry_s=10)
 
     def evaluation(self) -> None:
         if self.job.stop.is_set():
             raise Stopped
-        if time.monotonic() - self.job.started_s > self.seconds:
+        if self.begun_s is None:
+            self.begun_s = time.monotonic()
+        if time.monotonic() - self.begun_s > self.seconds:
             advice = "ask for fewer steps, a smaller size or fewer images"
             raise Problem(504, f"the job took longer than {self.seconds:g} s, the limit of one; {advice}")
 

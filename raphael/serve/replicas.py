@@ -164,7 +164,7 @@ class Together:
         one = _Waiting(task, watch, equal(self.models[task.model], task) if self.most > 1 else None)
         with self.turn:
             self.waiting.append(one)
-            self.turn.wait_for(lambda: one.outcome is not None or not self.busy)
+            self.turn.wait_for(lambda: one.outcome is not None or not self.busy and self.waiting[0] is one)
             mates = [] if one.outcome is not None else self._mates(one)
             self.busy = self.busy or bool(mates)
         if mates:
@@ -252,13 +252,15 @@ def remote_perform(painter: Any) -> Callable[[Task, Watch], dict[str, Any]]:
 
 async def _follow(painter: Any, task: Task, watch: Watch) -> dict[str, Any]:
     """Tells the watch what the replica says; -> its answer. Raises Problem, what the watch raises, and Ray's errors."""
-    response = painter.options(stream=True).work.remote(task)
+    response, begun = painter.options(stream=True).work.remote(task), False
+    watch.waiting()
     try:
         while True:
             waiting = asyncio.ensure_future(anext(response))
             while not (await asyncio.wait({waiting}, timeout=LOOK_S))[0]:
-                watch.evaluation()
+                watch.evaluation() if begun else watch.waiting()
             name, *said = waiting.result()
+            begun = True
             if name == DONE:
                 return said[0]
             if name == PROBLEM:
@@ -278,9 +280,12 @@ class _Telling:
     def __init__(self, tell: Callable[..., None], watched: bool):
         self.tell, self.watched, self.stop = tell, watched, threading.Event()
 
-    def evaluation(self) -> None:
+    def waiting(self) -> None:
         if self.stop.is_set():
             raise Stopped
+
+    def evaluation(self) -> None:
+        self.waiting()
         self.tell(EVALUATION)
 
     def step(self, done: int, sigma: float | None, previews: Callable[[], list[str]]) -> None:

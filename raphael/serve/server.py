@@ -91,6 +91,9 @@ class OneSignal(uvicorn.Server):
 class Unwatched:
     """A Watch that nobody looks through."""
 
+    def waiting(self) -> None:
+        return
+
     def evaluation(self) -> None:
         return
 

@@ -26,6 +26,7 @@ from raphael.serve.info import told_sampling
 
 if TYPE_CHECKING:
     from raphael.diffusion.sampling import Parts
+    from raphael.generate.pipeline import Pipeline
     from raphael.serve.models import Served
 
 IMAGES, INSIDE, EDIT = "images", "inside", "edits/"
@@ -37,6 +38,9 @@ class Stopped(Exception):  # noqa: N818  no error: somebody cancelled the job
 
 class Watch(Protocol):
     """Whom work tells how far it is. Any call may raise Stopped or Problem, which ends the work."""
+
+    def waiting(self) -> None:
+        """It has not begun, or not again: its time is not counted. Raises Stopped."""
 
     def evaluation(self) -> None:
         """The network is about to be asked once more."""
@@ -76,7 +80,7 @@ def perform(served: Served, task: Task, watch: Watch) -> dict[str, Any]:
     started_s = time.perf_counter()
     act = {IMAGES: _generate, INSIDE: _inspect}.get(task.kind, _edit)
     try:
-        with cut_prompts() as warnings, _attended(served.pipeline.unet, watch, task.kind):
+        with cut_prompts() as warnings, _attended(served.pipeline, watch, task.kind):
             answer = act(served, task, watch)
     except ValueError as error:  # ConfigError, too
         raise of_value_error(error, type(task.body).model_fields) from None
@@ -123,9 +127,9 @@ def perform_together(served: Served, tasks: list[Task], watches: list[Watch]) ->
     pipeline, how, first = served.pipeline, served.info.sampling(tasks[0].body), tasks[0].body
     crowd, started_s = Crowd(watches, [task.body.n for task in tasks]), time.perf_counter()
     parts = pipeline.parts(first.height, first.width, pipeline.reader(how))
-    warned = [_cut(parts, task.body.prompt) for task in tasks]  # each is told of its own words alone
+    warned = [_cut(parts, [task.body.prompt, first.negative_prompt]) for task in tasks]  # each of its own words alone
     try:
-        with cut_prompts(), _attended(pipeline.unet, crowd, IMAGES):
+        with cut_prompts(), _attended(pipeline, crowd, IMAGES):
             images = pipeline(
                 [task.body.prompt for task in tasks for _ in range(task.body.n)],
                 first.negative_prompt or None,
@@ -152,10 +156,10 @@ def perform_together(served: Served, tasks: list[Task], watches: list[Watch]) ->
     return answers
 
 
-def _cut(parts: Parts, prompt: str) -> list[str]:
-    """What is told of a prompt that is too long."""
+def _cut(parts: Parts, prompts: list[str]) -> list[str]:
+    """What is told of those that are too long."""
     with cut_prompts() as warnings:
-        encode_texts(parts, [prompt])
+        encode_texts(parts, prompts)
     return warnings
 
 
@@ -180,6 +184,9 @@ class Crowd:
         self.ended: list[Exception | None] = [None] * len(watches)
         ends = list(itertools.accumulate(counts))
         self.rows = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+
+    def waiting(self) -> None:
+        self._each(lambda watch, rows: watch.waiting())
 
     def evaluation(self) -> None:
         self._each(lambda watch, rows: watch.evaluation())
@@ -229,10 +236,10 @@ def _settings(served: Served, task: Task) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _attended(unet: torch.nn.Module, watch: Watch, kind: str) -> Iterator[None]:
-    """Inside, the watch is told of every evaluation of the network before it is made: where a job can end early,
-    whatever draws. What is no images tells of it as a step, too; an edit's last estimates stay its previews until its
-    next ones, since more than one evaluation may lie between."""
+def _attended(pipeline: Pipeline, watch: Watch, kind: str) -> Iterator[None]:
+    """Inside, the watch is told of every evaluation of a network before it is made, of a cascade's second and of one
+    that inpaints, too: where a job can end early, whatever draws. What is no images tells of it as a step, too; an
+    edit's last estimates stay its previews until its next ones, since more than one evaluation may lie between."""
     done, sigma, shown = 0, None, []
 
     def before(*_: Any) -> None:
@@ -243,8 +250,8 @@ def _attended(unet: torch.nn.Module, watch: Watch, kind: str) -> Iterator[None]:
             watch.step(done, sigma, lambda: shown)
 
     def drawn(session: Session, its_sigma: float, x0: torch.Tensor) -> None:
-        nonlocal sigma
-        sigma = its_sigma
+        nonlocal sigma, shown
+        sigma, shown = its_sigma, []  # nobody is shown those of an earlier step
 
         def previews() -> list[str]:
             nonlocal shown
@@ -253,9 +260,11 @@ def _attended(unet: torch.nn.Module, watch: Watch, kind: str) -> Iterator[None]:
 
         watch.step(done, sigma, previews)
 
-    handle = unet.register_forward_pre_hook(before)
+    networks = {id(net): net for net in (*pipeline.networks.values(), pipeline.unet, pipeline.painting().unet)}
+    handles = [net.register_forward_pre_hook(before) for net in networks.values()]
     try:
         with looking_on(drawn):
             yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

@@ -66,6 +66,16 @@ def test_every_kind_leaves_source_result_and_the_result_without_the_edit(folder,
     assert not np.array_equal(images[0], images[1])
 
 
+def test_a_grid_leaves_its_cells_and_one_sheet_and_draws_nothing_twice(folder, tmp_path, capsys):
+    command = ["edit", "grid", SOURCE, "--checkpoint", str(folder), "--out", str(tmp_path)]
+    command += ["--x", "steps=1,2", "--y", "seed=0-2", "--z", "replace=red|green"]
+    assert main(command) == 0
+    cells = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png") if "sheet" not in path.name}
+    assert len(cells) >= 2 * 3 * 2 and capsys.readouterr().out.strip()
+    assert main([*command, "--x", "steps=1,2"]) == 0
+    assert all(path.stat().st_mtime_ns == at for path, at in cells.items() if path.parent != tmp_path)
+
+
 def test_maps_leaves_figures_and_arrays(folder, tmp_path, capsys):
     command = ["edit", "maps", SOURCE, "--checkpoint", str(folder), "--steps", "2", "--out", str(tmp_path)]
     assert main(command) == 0

@@ -12,7 +12,7 @@ from raphael.base.config.preset import DiffusionConfig
 from raphael.base.config.sampling import Sampling
 from raphael.diffusion.samplers import sample
 from raphael.diffusion.schedule import Schedule
-from raphael.edit.invert import inverted, reconstruct
+from raphael.edit.invert import ROUNDS, inverted, reconstruct
 from raphael.edit.rewrite import Keep, replace
 from raphael.edit.run import How, Session
 from raphael.edit.vary import between, interpolate, slerp, variations
@@ -79,12 +79,12 @@ def test_a_variation_of_strength_0_is_the_image_and_of_1_another_seeds(pipeline)
 
 
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
-@pytest.mark.parametrize("steps", [10, 200])
-def test_inversion_then_ddim_returns_the_latents_on_an_analytic_denoiser(steps, zero_terminal_snr):
+@pytest.mark.parametrize(("steps", "rounds"), [(10, 12), (200, 12), (200, ROUNDS)])
+def test_inversion_then_ddim_returns_the_latents_on_an_analytic_denoiser(steps, rounds, zero_terminal_snr):
     schedule = Schedule(DiffusionConfig(1000, "scaled_linear", 0.00085, 0.012, "v", zero_terminal_snr))
     sigmas = schedule.sampling_sigmas(steps)
     x0 = 1.5 + 0.4 * torch.randn(4, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    start = inverted(gaussian_denoiser, x0, sigmas, COND, rounds=12)
+    start = inverted(gaussian_denoiser, x0, sigmas, COND, rounds=rounds)
     back = sample(Sampling(sampler="ddim"), gaussian_denoiser, start, sigmas, COND, no_noise)
     assert (back - x0).abs().max() < 1e-3
     assert (start - torch.randn_like(start)).abs().max() > 0.1

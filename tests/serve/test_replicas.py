@@ -26,7 +26,9 @@ from raphael.base.ray_cluster import free_ports
 from raphael.base.strict import ConfigError, load
 from raphael.serve import replicas
 from raphael.serve.bodies import ImagesBody
+from raphael.serve.door.problems import Problem
 from raphael.serve.info import Catalogue
+from raphael.serve.jobs import Job, JobWatch
 from raphael.serve.replicas import Painter, Replicas, Together, remote_perform
 from raphael.serve.server import local_perform
 from raphael.serve.work import IMAGES, Stopped, Task
@@ -136,6 +138,9 @@ class Looking:
     def __init__(self, last: int = 10**9):
         self.last, self.evaluations, self.previews = last, 0, []
 
+    def waiting(self) -> None:
+        return
+
     def evaluation(self) -> None:
         self.evaluations += 1
         if self.evaluations >= self.last:
@@ -185,6 +190,43 @@ def test_requests_of_equal_settings_share_a_batch_where_that_is_asked_for(tiny):
             assert abs(pixels(answer, number) - pixels(own, number)).max() <= 2
     # whoever came first: four images in one batch, the one that finds no room and the one of other settings alone
     assert len(evaluations) == 3 * 3
+
+
+def test_who_waits_longest_is_next(tiny):
+    together, begun = Together(tiny.models), []
+    together.alone = lambda task, watch: begun.append(task.body.seed) or {}
+    together.busy = True
+    with ThreadPoolExecutor(5) as pool:
+        for seed in range(5):
+            pool.submit(together, asked("x", seed=seed), Looking())
+            while len(together.waiting) <= seed:
+                time.sleep(0.005)
+        with together.turn:
+            together.busy = False
+            together.turn.notify_all()
+    assert begun == list(range(5))
+
+
+def test_a_jobs_time_begins_when_its_replica_does():
+    job = Job("id", asked("x"), 3, started_s=time.monotonic() - 0.5)
+    watch = JobWatch(job, None, seconds=0.2)
+    watch.waiting()
+    watch.evaluation()
+    time.sleep(0.25)
+    with pytest.raises(Problem, match="longer than 0.2 s"):
+        watch.evaluation()
+    watch.waiting()  # another replica: from the beginning
+    watch.evaluation()
+    job.started_s -= 10 * 0.2
+    with pytest.raises(Problem, match="waited 2 s for a replica"):
+        watch.waiting()
+
+
+def test_a_cut_negative_prompt_is_told_in_a_shared_batch_as_alone(tiny):
+    tasks = [asked("x", seed=seed, negative_prompt="many words " * 20) for seed in (1, 2)]
+    answers = at_one_time(Together(tiny.models, most=4), [(task, Looking()) for task in tasks])
+    alone = local_perform(tiny.models)(tasks[0], Looking())
+    assert answers[0]["warnings"] == answers[1]["warnings"] == alone["warnings"] != []
 
 
 def test_of_a_shared_batch_one_may_end_and_none_reads_anothers_words(tiny):

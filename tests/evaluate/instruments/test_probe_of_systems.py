@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from truth.cascade_workspace import SIDE, captions, write_cascade_workspace
+from truth.cascade_workspace import SIDE, captions
 from truth.glide_workspace import write_glide_workspace
+from truth.tiny_cascade import cascade_in
 from truth.tiny_ddpm import write_ddpm
 from truth.tiny_raphael import ROOT, write_pipeline
 
@@ -47,25 +48,7 @@ def scenes() -> ProbeSet:
 
 @pytest.fixture(scope="module")
 def cascade(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    """An untrained cascade by a T5's tokens, whose text does something: every weight is drawn anew."""
-    from raphael.diffusion.cascade import Upsampler
-    from raphael.diffusion.noise import noise_of
-    from raphael.diffusion.prediction import prediction_of
-    from raphael.systems.imagen.pipeline import ImagenPipeline
-    from raphael.systems.imagen.training import described, networks
-    from raphael.systems.job import Folders
-
-    folder = tmp_path_factory.mktemp("cascade")
-    config = write_cascade_workspace(folder)
-    settings, meta = config.model.load(), described(config, Folders.of(folder, folder))
-    base, large = (networks(config, part) for part in ("base", "upsampler"))
-    torch.manual_seed(5)
-    for parameter in base.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    noise = noise_of(settings.upsampler.diffusion), prediction_of(settings.upsampler.diffusion)
-    upsampler = Upsampler(large, *noise, settings.upsampler.factor)
-    text = load_text_encoder(folder / "models/clip")
-    return ImagenPipeline(base, settings.base.diffusion, upsampler, text, meta)
+    return cascade_in(tmp_path_factory.mktemp("cascade"))
 
 
 @pytest.fixture(scope="module")
