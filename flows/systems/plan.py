@@ -28,7 +28,7 @@ PLAN = Path(__file__).resolve().parents[1] / "plans" / "systems.yaml"
 LAYOUT = r"\b(left of|right of|above|(?<!written )below|under)\b"  # captions that say who is where (params.scenes.yaml)
 RECIPE = {  # what docs/learning.md found; each arm says in words which of it it gets
     "text_layers": "layers that refine the text",
-    "positions": "positions",
+    "places": "learned places",
     "terminal_snr": "zero terminal SNR",
     "noisiest_first": "the noisiest steps on relations first",
 }
@@ -40,7 +40,7 @@ class Recipe:
     """In words, for the page: what the arm gets of RECIPE, or why not."""
 
     text_layers: str
-    positions: str
+    places: str
     terminal_snr: str
     noisiest_first: str
 

@@ -16,7 +16,7 @@ TOKEN_STD, PLACE_STD = 0.6, 0.2
 
 
 class CaptionTransformer(nn.Module):
-    """x_n = tokens[id_n] + positions_n at a real token, padding_n at any other place; pre-norm layers in which every
+    """x_n = tokens[id_n] + places_n at a real token, padding_n at any other place; pre-norm layers in which every
     place reads every place, padding too; a LayerNorm (the release's `xf_padding` and `xf_final_ln`).
 
     So what stands at padding is no part of the result, and nothing flows back to it: the learned vectors of these
@@ -38,13 +38,13 @@ class CaptionTransformer(nn.Module):
         if len(self.known) != rows - 1:
             raise ValueError(f"known: got {len(self.known)} token ids, expected {rows - 1}, vocabulary less one")
         self.tokens = nn.Embedding(rows, width)
-        self.positions = nn.Parameter(torch.empty(length, width))
+        self.places = nn.Parameter(torch.empty(length, width))
         self.padding = nn.Parameter(torch.empty(length, width))
         self.layers = nn.ModuleList(TextLayer(width, config.head_dim) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width)
         nn.init.normal_(self.tokens.weight, std=TOKEN_STD)
-        for places in (self.positions, self.padding):
-            nn.init.normal_(places, std=PLACE_STD)
+        for rows_NC in (self.places, self.padding):
+            nn.init.normal_(rows_NC, std=PLACE_STD)
 
     def forward(
         self,
@@ -55,7 +55,7 @@ class CaptionTransformer(nn.Module):
         if ids.dim() != 2 or ids.shape[1] != self.length:
             raise ValueError(f"ids: got shape {tuple(ids.shape)}, expected (B, {self.length})")
         exact = self.norm.weight.dtype  # float32 where the matrices are kept in bfloat16
-        x_BNC = self.tokens(self.rows_of(ids)).to(exact) + self.positions.to(exact)
+        x_BNC = self.tokens(self.rows_of(ids)).to(exact) + self.places.to(exact)
         x_BNC = torch.where(mask_BN[..., None], x_BNC, self.padding.to(exact))
         for layer in self.layers:
             x_BNC = layer(x_BNC, None)

@@ -148,7 +148,7 @@ def test_workers_end_with_the_stage_that_is_killed(root):
 
 
 def test_resources_of_a_stage_without_tasks_are_refused():
-    with pytest.raises(ValueError, match="resources: got train, expected some of score, filter, encode"):
+    with pytest.raises(ValueError, match="resources: got train, expected some of score, filter, captions, encode"):
         PipelineConfig(resources={"train": WorkerResources()})
 
 

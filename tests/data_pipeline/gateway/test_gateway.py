@@ -338,9 +338,9 @@ def test_no_host_gets_more_connections_than_allowed(monkeypatch):
             busy[0] += 1
             most[0] = max(most[0], busy[0])
         time.sleep(0.05)
-        connection.sendall(answer(image_bytes("png")))
-        with lock:
+        with lock:  # before the answer: whoever has it may ask again at once
             busy[0] -= 1
+        connection.sendall(answer(image_bytes("png")))
 
     with web({"/x": slow_page}) as (port, _):
         monkeypatch.setattr(gateway._Attempt, "_connect", lambda *_: socket.create_connection(("127.0.0.1", port)))

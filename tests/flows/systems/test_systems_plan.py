@@ -89,7 +89,7 @@ def test_what_a_plan_gets_wrong_is_named_in_one_line(tmp_path):
             "imagen.system: got 'imagine', expected one of raphael, .*imagen",
         ),
         (lambda data: data.update(protocol="systems/v9"), "protocol: got 'systems/v9', did you mean systems/v1"),
-        (lambda data: arm(data, recipe={"positions": "none"}), "missing key arms.imagen.recipe.text_layers"),
+        (lambda data: arm(data, recipe={"places": "none"}), "missing key arms.imagen.recipe.text_layers"),
     ):
         with pytest.raises(ConfigError, match=message) as error:
             plan_of(tmp_path, change)

@@ -18,7 +18,7 @@ from flows.environment import SWITCHES
 from raphael.base.strict import flatten
 
 PROJECT = Path(__file__).resolve().parents[3]
-RECIPE = dict.fromkeys(("text_layers", "positions", "terminal_snr", "noisiest_first"), "as it is")
+RECIPE = dict.fromkeys(("text_layers", "places", "terminal_snr", "noisiest_first"), "as it is")
 LOOP = {"warmup_images": 16, "batch_size": 8, "log_every_images": 16, "checkpoint_every_images": 16,
         "sample_every_images": 0}  # fmt: skip
 SHARED = {

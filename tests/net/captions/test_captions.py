@@ -57,7 +57,7 @@ def network(**changes: object) -> Captioned:
 def by_hand(text: CaptionTransformer, ids: list[int], real: list[bool]) -> torch.Tensor:
     """One caption, token by token and head by head."""
     rows = [
-        text.tokens.weight[i] + text.positions[n] if there else text.padding[n]
+        text.tokens.weight[i] + text.places[n] if there else text.padding[n]
         for n, (i, there) in enumerate(zip(ids, real, strict=True))
     ]
     for layer in text.layers:
@@ -93,7 +93,7 @@ def test_what_stands_at_padding_changes_nothing_and_gets_no_gradient() -> None:
     assert seen.tolist() == [row in (1, 2, 3, 4, 5, 6) for row in range(9)], "7 stands at padding alone"
     # the learned vector of a place is read where some caption of the batch has padding there
     assert (text.padding.grad.abs().sum(1) > 0).tolist() == [False, False, False, True, True, True]
-    assert (text.positions.grad.abs().sum(1) > 0).tolist() == [True, True, True, True, True, False]
+    assert (text.places.grad.abs().sum(1) > 0).tolist() == [True, True, True, True, True, False]
 
 
 def test_a_caption_without_a_token_is_padding_alone() -> None:
