@@ -131,7 +131,7 @@ def _look(stage: str, root: Path, config: Config, now_s: float) -> Status:
     reported_s = _changed_s(root / f"reports/{stage}.json")
     pieces, folder = _finished(stage, root)
     since_s = _since(root / "work/locks" / stage, found)
-    is_newer = folder is not None and _changed_s(folder / PIECES) > reported_s + 1.0  # a stage tidies up after it
+    is_newer = folder is not None and _changed_s(folder / PIECES) > reported_s
     if found.holder:
         found.state = RUNNING
     elif progress or (pieces and (not report or is_newer)):
