@@ -48,6 +48,7 @@ from raphael.net.condition import Condition
 from raphael.net.inputs import widened
 from raphael.net.moe.unet import RaphaelUNet
 from raphael.objectives.denoising import DenoisingObjective, LatentScale
+from raphael.objectives.denoising_settings import DenoisingSettings
 from raphael.train.loop import Hooks, train
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -91,7 +92,7 @@ def with_input(pipeline: Any) -> Any:
 
 def fine_tuned(pipeline: Any, num_images: int, folder: Path) -> tuple[Any, dict[str, Any]]:
     """The pipeline after num_images, with what the training says."""
-    wide, settings = with_input(pipeline), training_settings(num_images)
+    wide, (settings, losses) = with_input(pipeline), training_settings(num_images)
     text_encoder = wide.text_encoder
 
     def encode(token_ids: torch.Tensor) -> Condition:
@@ -100,7 +101,7 @@ def fine_tuned(pipeline: Any, num_images: int, folder: Path) -> tuple[Any, dict[
 
     empty = text_encoder.tokenize([""])[0]
     scale = LatentScale(wide.autoencoder.scaling_factor, wide.autoencoder.shift)
-    goal = DenoisingObjective(wide.unet, encode, empty, wide.diffusion, settings, scale)
+    goal = DenoisingObjective(wide.unet, encode, empty, wide.diffusion, losses, scale)
     points: list[dict[str, float]] = []
     hooks = Hooks(on_log=lambda point, images: points.append(point) or print(_line(images, point), flush=True))
     began = time.monotonic()
@@ -113,21 +114,22 @@ def fine_tuned(pipeline: Any, num_images: int, folder: Path) -> tuple[Any, dict[
     return wide, {"images": ended["images"], "minutes": round(spent / 60, 1), "denoise": losses}
 
 
-def training_settings(num_images: int) -> TrainConfig:
+def training_settings(num_images: int) -> tuple[TrainConfig, DenoisingSettings]:
     """As the shipped model was trained (params.scenes.yaml), at a lower rate that falls to 0."""
-    train_config = load_config(PROJECT / "params.yaml").train
+    config = load_config(PROJECT / "params.yaml")
     warmup, log = min(640, num_images // 10), max(16, num_images // 20)
     loop = replace(
-        train_config.loop,
+        config.train.loop,
         num_images=num_images,
         learning_rate=RATE,
         warmup_images=warmup,
         log_every_images=log,
-        checkpoint_every_images=max(16, num_images // 4),
+        checkpoint_every_images=max(16, num_images // 20),
         sample_every_images=0,
         schedule="cosine",
     )
-    return replace(train_config, num_workers=0, edge_weight=0.0, timestep_shift=3.0, loop=loop)
+    losses = replace(config.training(), edge_weight=0.0, timestep_shift=3.0)
+    return replace(config.train, num_workers=0, loop=loop), losses
 
 
 def _line(images: int, point: dict[str, float]) -> str:
